@@ -1,0 +1,1 @@
+"""Scaled dot-product attention; models import ``jaxtrain.kernels.attention.api``."""

@@ -1,0 +1,53 @@
+"""The one attention that models call: checks shapes, then hands over to a backend."""
+
+from __future__ import annotations
+
+import jax
+
+from jaxtrain.kernels.attention import reference
+
+BACKENDS = ("auto", "xla")
+
+
+def attention(
+    q_BTNH: jax.Array,
+    k_BSKH: jax.Array,
+    v_BSKH: jax.Array,
+    *,
+    q_positions: jax.Array,
+    k_positions: jax.Array,
+    q_segments: jax.Array,
+    k_segments: jax.Array,
+    causal: bool = True,
+    scale: float | None = None,
+    backend: str = "auto",
+) -> jax.Array:
+    """Grouped-query attention within segments.
+
+    q_BTNH: ``[B, T, N, H]``; k_BSKH, v_BSKH: ``[B, S, K, H]`` with N a multiple of K.
+    positions, segments: int32 ``[B, T]`` for queries and ``[B, S]`` for keys.  A query sees the keys of its own
+    segment (0 is padding and sees nothing), and under ``causal`` only those at its own position or before.
+    scale: multiplies the logits; ``H ** -0.5`` by default.
+    backend: "xla", or "auto" for the best that runs here.
+    Returns ``[B, T, N, H]`` in the type of ``q_BTNH``; rows that see nothing are 0.
+    Raises ValueError for shapes that do not fit and for an unknown backend.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"attention backend {backend!r} is unknown; one of {BACKENDS}")
+    B, T, N, H = q_BTNH.shape
+    S, K = k_BSKH.shape[1:3]
+    if k_BSKH.shape != (B, S, K, H) or v_BSKH.shape != k_BSKH.shape or N % K:
+        raise ValueError(
+            f"attention: q {q_BTNH.shape}, k {k_BSKH.shape} and v {v_BSKH.shape} do not fit: want [B, T, N, H] and "
+            "twice [B, S, K, H] with N a multiple of K"
+        )
+    for name, x, want in (
+        ("q_positions", q_positions, (B, T)),
+        ("q_segments", q_segments, (B, T)),
+        ("k_positions", k_positions, (B, S)),
+        ("k_segments", k_segments, (B, S)),
+    ):
+        if x.shape != want:
+            raise ValueError(f"attention: {name} has shape {x.shape}, expected {want}")
+    mask_BTS = reference.attention_mask(q_positions, k_positions, q_segments, k_segments, causal=causal)
+    return reference.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=H**-0.5 if scale is None else scale)

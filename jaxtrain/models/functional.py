@@ -1,0 +1,86 @@
+"""Flax NNX used functionally: the only file that splits and merges modules.
+
+A module class describes parameters and computation; ``functionalize`` turns it into pure functions over a plain
+nested dict, and ``stack`` into the same over a leading ``layers`` axis, to be run under ``jax.lax.scan``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from jaxtrain.sharding import ShardingRules
+from jaxtrain.types import Apply, Array, Params
+
+# Our own metadata key on nnx.Param: Flax's sharding metadata would apply itself behind our back.
+LOGICAL = "logical"
+
+
+def param(value: Array, *names: str) -> nnx.Param:
+    """A parameter whose dimensions carry logical names."""
+    assert value.ndim == len(names), f"{value.shape} named {names}"
+    return nnx.Param(value, **{LOGICAL: names})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Functional:
+    """A module as functions: ``init(key) -> Params``, ``call(params, *args)``, and its parameters' ``axes``."""
+
+    init: Callable[[Array], Params]
+    call: Callable[..., Any]
+    axes: Params
+
+
+def functionalize(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
+    """Makes pure functions of the module that ``build`` returns."""
+    graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=jax.random.key(0)))))
+    axes: Params = {}
+    for path, variable in nnx.to_flat_state(abstract):
+        node = axes
+        for key in path[:-1]:
+            node = node.setdefault(key, {})
+        node[path[-1]] = variable.get_metadata()[LOGICAL]
+
+    def init(key: Array) -> Params:
+        return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(params=key)))[1])
+
+    def call(params: Params, *args: Any, **kwargs: Any) -> Any:
+        return nnx.merge(graphdef, params)(*args, **kwargs)
+
+    return Functional(init=init, call=call, axes=axes)
+
+
+def stack(one: Functional, count: int) -> Functional:
+    """``count`` copies with parameters stacked on a leading ``layers`` axis; ``call`` still takes one layer's."""
+    axes = jax.tree.map(lambda names: ("layers", *names), one.axes, is_leaf=lambda x: isinstance(x, tuple))
+    return Functional(
+        init=lambda key: jax.vmap(one.init)(jax.random.split(key, count)), call=one.call, axes=axes
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
+class Model:
+    """A model without its parameters: static, shared by everything that computes with it.
+
+    init: key -> Params, a plain nested dict.  apply: see ``types.Apply``.
+    axes: the tree of ``init`` with tuples of logical names for leaves.
+    """
+
+    config: Any
+    rules: ShardingRules
+    init: Callable[[Array], Params]
+    apply: Apply
+    axes: Params
+
+    def shapes(self) -> Params:
+        """The parameter tree as ShapeDtypeStructs, without computing anything."""
+        return jax.eval_shape(self.init, jax.random.key(0))
+
+    def num_params(self) -> int:
+        """How many numbers the parameters hold."""
+        return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(self.shapes()))

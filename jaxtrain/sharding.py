@@ -1,0 +1,218 @@
+"""One mesh with every axis, and one table from logical names to mesh axes.
+
+Models name the dimensions of parameters and activations (``("layers", "embed", "mlp")``); the table says which
+mesh axes each name is split over.  A name that the table does not know, or two names of one array that claim the
+same mesh axis, raise: a misspelt rule must never turn into silent replication.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along each axis of the mesh; 1 where an axis is unused, -1 on at most one axis for "all the rest".
+
+    data: copies of the model, each on its own rows.  fsdp: rows too, with parameters and optimizer split.
+    tensor: heads, MLP width and vocabulary split.  context: the sequence split.  expert: experts of a
+    mixture split; dense models use it as one more data axis.  stage: pipeline stages.
+    """
+
+    data: int = 1
+    fsdp: int = 1
+    tensor: int = 1
+    context: int = 1
+    expert: int = 1
+    stage: int = 1
+
+    def __post_init__(self):
+        sizes = dataclasses.asdict(self)
+        wrong = {name: size for name, size in sizes.items() if size < 1 and size != -1}
+        if wrong:
+            raise ValueError(f"MeshConfig: {wrong} must be at least 1, or -1 for the remaining devices")
+        if list(sizes.values()).count(-1) > 1:
+            raise ValueError(f"MeshConfig: only one axis may be -1, found {sizes}")
+        if self.stage != 1:
+            raise ValueError(
+                f"MeshConfig.stage is {self.stage}: no model here has a pipeline schedule yet; "
+                "use fsdp or tensor to split a model over more devices"
+            )
+
+    def sizes(self, num_devices: int) -> dict[str, int]:
+        """The size of each axis on ``num_devices`` devices; raises ValueError when they do not divide."""
+        sizes = dataclasses.asdict(self)
+        fixed = math.prod(size for size in sizes.values() if size != -1)
+        for name, size in sizes.items():
+            if size == -1:
+                if num_devices % fixed:
+                    raise ValueError(
+                        f"MeshConfig.{name} is -1, but {num_devices} devices are not divisible by the {fixed} "
+                        f"that the other axes take"
+                    )
+                sizes[name] = num_devices // fixed
+        return sizes
+
+
+def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
+    """Builds the mesh over ``devices`` (default: as many of all the visible devices as the config asks for).
+
+    Raises ValueError when the config needs more devices than there are, or leaves some of a multi-process
+    job's devices out.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    sizes = config.sizes(len(devices))
+    count = math.prod(sizes.values())
+    if count > len(devices):
+        raise ValueError(f"the mesh {sizes} needs {count} devices, but only {len(devices)} are visible")
+    if count < len(devices) and jax.process_count() > 1:
+        raise ValueError(f"the mesh {sizes} uses {count} of {len(devices)} devices: every host must take part")
+    if count == len(jax.devices()) == len(devices):
+        return jax.make_mesh(
+            tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices
+        )
+    # A subset of the machine: physical order is all there is to go by.
+    grid = np.array(devices[:count]).reshape(tuple(sizes.values()))
+    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ShardingRules:
+    """An ordered table from logical dimension names to mesh axes (none, one or several)."""
+
+    table: tuple[tuple[str, tuple[str, ...]], ...]
+
+    def __post_init__(self):
+        names = [name for name, _ in self.table]
+        twice = sorted({name for name in names if names.count(name) > 1})
+        if twice:
+            raise ValueError(f"ShardingRules: {twice} stand in the table more than once")
+        for name, axes in self.table:
+            unknown = [axis for axis in axes if axis not in AXES]
+            if unknown:
+                raise ValueError(f"ShardingRules: {name!r} maps to unknown mesh axes {unknown}; axes are {AXES}")
+
+    def spec(self, names: Sequence[str | None]) -> PartitionSpec:
+        """The PartitionSpec of an array whose dimensions are called ``names`` (None: never split)."""
+        table = dict(self.table)
+        used: dict[str, str] = {}
+        entries = []
+        for name in names:
+            if name is None:
+                entries.append(None)
+                continue
+            if name not in table:
+                raise ValueError(f"no sharding rule for {name!r} in {tuple(names)}; known: {sorted(table)}")
+            for axis in table[name]:
+                if axis in used:
+                    raise ValueError(
+                        f"{tuple(names)}: {used[axis]!r} and {name!r} would both be split over {axis!r}"
+                    )
+                used[axis] = name
+            entries.append(table[name] if table[name] else None)
+        return PartitionSpec(*entries)
+
+
+DEFAULT_RULES = ShardingRules(
+    table=(
+        # parameters
+        ("layers", ()),
+        ("vocab", ("tensor",)),
+        ("embed", ("fsdp",)),
+        ("q_heads", ("tensor",)),
+        ("kv_heads", ("tensor",)),
+        ("head_dim", ()),
+        ("mlp", ("tensor",)),
+        ("norm", ()),
+        ("scalar", ()),
+        # activations
+        ("batch", ("data", "fsdp", "expert")),
+        ("sequence", ("context",)),
+        ("act_embed", ()),
+        ("act_heads", ("tensor",)),
+        ("act_mlp", ("tensor",)),
+        ("act_vocab", ("tensor",)),
+    )
+)
+
+
+def constrain(x: jax.Array, names: Sequence[str | None], rules: ShardingRules) -> jax.Array:
+    """Constrains an activation to its logical sharding on the current mesh.
+
+    The names are checked with or without a mesh, so a wrong one fails on a laptop too.
+    """
+    if x.ndim != len(names):
+        raise ValueError(f"an array of shape {x.shape} has {x.ndim} dimensions, named {tuple(names)}")
+    spec = rules.spec(names)
+    if jax.sharding.get_abstract_mesh().empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, spec)
+
+
+def is_names(leaf: Any) -> bool:
+    """True for a leaf of a tree of logical axes: a tuple of dimension names."""
+    return isinstance(leaf, tuple) and all(isinstance(name, str) for name in leaf)
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """``layers/attention/query/kernel`` for a key path of a parameter tree."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
+
+
+def ways(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:
+    """Over how many devices one entry of a PartitionSpec splits its dimension."""
+    axes = (entry,) if isinstance(entry, str) else entry or ()
+    return math.prod(mesh.shape[axis] for axis in axes)
+
+
+def param_shardings(axes: Any, shapes: Any, mesh: Mesh, rules: ShardingRules) -> Any:
+    """NamedShardings for a parameter tree; ``shapes`` has the same structure and leaves with ``.shape``.
+
+    Raises ValueError, naming parameter, dimension and mesh axes, where a dimension does not divide.
+    """
+
+    def one(path, names, leaf):
+        spec = rules.spec(names)
+        for dim, (name, entry) in enumerate(zip(names, spec, strict=True)):
+            if leaf.shape[dim] % ways(mesh, entry):
+                raise ValueError(
+                    f"parameter {path_name(path)} has shape {tuple(leaf.shape)}: dimension {name!r} of size "
+                    f"{leaf.shape[dim]} is not divisible by the {ways(mesh, entry)} devices of mesh axes {entry}"
+                )
+        return NamedSharding(mesh, spec)
+
+    return jax.tree_util.tree_map_with_path(one, axes, shapes, is_leaf=is_names)
+
+
+def batch_sharding(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSharding:
+    """How a batch's leading (row) dimension is split."""
+    return NamedSharding(mesh, rules.spec(("batch",)))
+
+
+def put_batch(batch: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
+    """Places a NumPy batch (the same global rows on every host) on the mesh, split by rows.
+
+    Raises ValueError when the row count does not divide among the devices.
+    """
+    sharding = batch_sharding(mesh, rules)
+    count = ways(mesh, sharding.spec[0])
+
+    def one(x):
+        x = np.asarray(x)
+        if x.shape[0] % count:
+            raise ValueError(
+                f"a batch of {x.shape[0]} rows is not divisible by the {count} devices of the mesh's row axes "
+                f"{sharding.spec[0]}; choose a batch size that is a multiple of {count}"
+            )
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, batch)

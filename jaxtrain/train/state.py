@@ -1,0 +1,94 @@
+"""Building a TrainState where it will live: each array is created already split over the mesh."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from jaxtrain.models import Model
+from jaxtrain.sharding import param_shardings, path_name
+from jaxtrain.types import Params, TrainState
+
+
+def new_state(params: Params, tx: optax.GradientTransformation, seed: int) -> TrainState:
+    """A state before its first update.  ``rng`` holds raw key data, so that checkpoints are plain arrays."""
+
+    def zero():
+        return jnp.zeros((), jnp.int32)
+
+    # One buffer each: a donated state must not name the same buffer twice.
+    return TrainState(
+        step=zero(),
+        skipped=zero(),
+        streak=zero(),
+        params=params,
+        opt_state=tx.init(params),
+        rng=jax.random.key_data(jax.random.key(seed)),
+    )
+
+
+def state_shardings(model: Model, shapes: TrainState, mesh: Mesh) -> TrainState:
+    """Where each array of a state lives: parameters by the model's rules, optimizer moments with their parameter.
+
+    ``shapes``: the state's ShapeDtypeStructs.  What has no parameter's shape (counters, factored moments) is
+    replicated.
+    """
+    params = param_shardings(model.axes, shapes.params, mesh, model.rules)
+    by_path = {
+        path_name(path): (leaf.shape, sharding)
+        for (path, leaf), sharding in zip(
+            jax.tree_util.tree_leaves_with_path(shapes.params), jax.tree.leaves(params), strict=True
+        )
+    }
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    def moment(path: Any, leaf: Any) -> NamedSharding:
+        parts = path_name(path).split("/")
+        for start in range(len(parts)):
+            shape, sharding = by_path.get("/".join(parts[start:]), (None, None))
+            if shape == leaf.shape:
+                return sharding
+        return replicated
+
+    return TrainState(
+        step=replicated,
+        skipped=replicated,
+        streak=replicated,
+        params=params,
+        opt_state=jax.tree_util.tree_map_with_path(moment, shapes.opt_state),
+        rng=replicated,
+    )
+
+
+def abstract_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+    """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
+    shapes = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), tx, 0))
+    shardings = state_shardings(model, shapes, mesh)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
+def init_params(model: Model, mesh: Mesh, seed: int) -> Params:
+    """Fresh parameters, each made where it belongs.  The values do not depend on the mesh."""
+    shardings = param_shardings(model.axes, model.shapes(), mesh, model.rules)
+    with jax.set_mesh(mesh):
+        return jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
+
+
+def init_state(
+    model: Model, tx: optax.GradientTransformation, mesh: Mesh, seed: int, params: Params | None = None
+) -> TrainState:
+    """A fresh state on the mesh; ``params`` (copied) instead of new ones when given."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
+    with jax.set_mesh(mesh):
+        if params is None:
+            params = init_params(model, mesh, seed)
+        return jax.jit(lambda p: new_state(p, tx, seed), out_shardings=shardings)(params)
+
+
+def state_bytes(state: Any) -> int:
+    """Bytes of all arrays (or ShapeDtypeStructs) of a tree, over all devices."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))

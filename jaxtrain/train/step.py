@@ -1,0 +1,141 @@
+"""The one train step.  Every stage is this function with another objective plugged in."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh
+
+from jaxtrain.types import Apply, Array, Loss, Objective, Sum, TrainState
+
+Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+
+
+def divide(x: Sum) -> Array:
+    """The mean; 0, not NaN, where nothing had weight."""
+    return jnp.where(x.weight != 0, x.total / jnp.where(x.weight != 0, x.weight, 1), 0.0)
+
+
+def split_rows(batch: Any, count: int) -> Any:
+    """``[B, ...] -> [count, B / count, ...]``.  Microbatch i takes rows i, i + count, ...: when rows are split over
+    devices in blocks, each device keeps its own and nothing moves."""
+
+    def one(x):
+        if x.shape[0] % count:
+            raise ValueError(f"a batch of {x.shape[0]} rows is not divisible into {count} microbatches")
+        return jnp.swapaxes(x.reshape(x.shape[0] // count, count, *x.shape[1:]), 0, 1)
+
+    return jax.tree.map(one, batch)
+
+
+def loss_and_grads(
+    apply: Apply, objective: Objective, params: Any, batch: Any, rng: Array, accumulate: int = 1
+) -> tuple[Loss, Any]:
+    """The summed loss and the gradient of the *sum*, over ``accumulate`` microbatches.
+
+    Nothing is divided here: averaging microbatch means would weight a token by how few others share its
+    microbatch.  Gradients and sums are float32.
+    """
+
+    def total(params, micro, rng):
+        loss = objective(apply, params, micro, rng)
+        return loss.total, loss
+
+    def once(micro, rng):
+        grads, loss = jax.grad(total, has_aux=True)(params, micro, rng)
+        return jax.tree.map(lambda x: x.astype(jnp.float32), (loss, grads))
+
+    if accumulate == 1:
+        return once(batch, jax.random.fold_in(rng, 0))
+    micros = split_rows(batch, accumulate)
+    shapes = jax.eval_shape(once, jax.tree.map(lambda x: x[0], micros), rng)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+
+    def body(sums, scanned):
+        number, micro = scanned
+        new = once(micro, jax.random.fold_in(rng, number))
+        return jax.tree.map(jnp.add, sums, new), None
+
+    return jax.lax.scan(body, zeros, (jnp.arange(accumulate), micros))[0]
+
+
+def make_train_step(
+    apply: Apply,
+    objective: Objective,
+    tx: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    clip_norm: float | None = 1.0,
+    learning_rate: Callable[[Array], Array] | None = None,
+    mesh: Mesh | None = None,
+    shardings: TrainState | None = None,
+) -> Step:
+    """Builds ``step(state, batch) -> (state, metrics)``, jitted, with the old state donated.
+
+    Gradients of the summed loss are added over microbatches, divided once by the summed weight, clipped to a
+    global norm of ``clip_norm`` (None: not clipped), and handed to ``tx``.  A step whose loss or gradient is NaN
+    or Inf leaves parameters and optimizer as they were and is counted in ``state.skipped`` and ``state.streak``.
+
+    learning_rate: schedule over applied updates, for the metrics only.
+    mesh, shardings: where the state lives; the result stays there.
+    metrics: float32 scalars: every metric of the objective divided by its own weight, "loss", "weight" (tokens or
+        pairs behind the loss), "grad_norm" (before clipping), "skipped", "streak", and "learning_rate".
+    """
+    if accumulate < 1:
+        raise ValueError(f"accumulate must be at least 1, found {accumulate}")
+    if clip_norm is not None and not clip_norm > 0:
+        raise ValueError(f"clip_norm must be positive, or None for no clipping, found {clip_norm}")
+
+    def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
+        rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
+        loss, grads = loss_and_grads(apply, objective, state.params, batch, rng, accumulate)
+
+        per_weight = jnp.where(loss.weight != 0, 1 / jnp.where(loss.weight != 0, loss.weight, 1), 0.0)
+        grad_norm = optax.global_norm(grads) * per_weight
+        clip = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
+        grads = jax.tree.map(lambda g, p: (g * (per_weight * clip)).astype(p.dtype), grads, state.params)
+
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        good = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        bad = (~good).astype(jnp.int32)
+        new_state = dataclasses.replace(
+            state,
+            step=state.step + 1,
+            skipped=state.skipped + bad,
+            streak=(state.streak + bad) * bad,
+            params=params,
+            opt_state=opt_state,
+        )
+        metrics = {name: divide(metric) for name, metric in loss.metrics.items()}
+        metrics |= {
+            "loss": divide(Sum(loss.total, loss.weight)),
+            "weight": loss.weight,
+            "grad_norm": grad_norm,
+            "skipped": new_state.skipped.astype(jnp.float32),
+            "streak": new_state.streak.astype(jnp.float32),
+        }
+        if learning_rate is not None:
+            metrics["learning_rate"] = learning_rate(state.step - state.skipped)
+        return new_state, metrics
+
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    return jitted if mesh is None else in_mesh(jitted, mesh)
+
+
+def in_mesh(jitted: Callable, mesh: Mesh) -> Callable:
+    """Calls ``jitted`` with the mesh set, so that constraints inside it apply."""
+
+    def call(*args):
+        with jax.set_mesh(mesh):
+            return jitted(*args)
+
+    return call
