@@ -159,8 +159,8 @@ def constrain(x: jax.Array, names: Sequence[str | None], rules: ShardingRules) -
 
 
 def is_names(leaf: Any) -> bool:
-    """True for a leaf of a tree of logical axes: a tuple of dimension names."""
-    return isinstance(leaf, tuple) and all(isinstance(name, str) for name in leaf)
+    """True for a leaf of a tree of logical axes: a plain tuple of names or None, not a named one like optax's."""
+    return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
 
 
 def path_name(path: Sequence[Any]) -> str:

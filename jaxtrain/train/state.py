@@ -10,7 +10,8 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.models import Model
-from jaxtrain.sharding import param_shardings, path_name
+from jaxtrain.optim import state_axes
+from jaxtrain.sharding import is_names, param_shardings
 from jaxtrain.types import Params, TrainState
 
 
@@ -37,29 +38,18 @@ def state_shardings(model: Model, shapes: TrainState, mesh: Mesh) -> TrainState:
     ``shapes``: the state's ShapeDtypeStructs.  What has no parameter's shape (counters, factored moments) is
     replicated.
     """
-    params = param_shardings(model.axes, shapes.params, mesh, model.rules)
-    by_path = {
-        path_name(path): (leaf.shape, sharding)
-        for (path, leaf), sharding in zip(
-            jax.tree_util.tree_leaves_with_path(shapes.params), jax.tree.leaves(params), strict=True
-        )
-    }
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    def moment(path: Any, leaf: Any) -> NamedSharding:
-        parts = path_name(path).split("/")
-        for start in range(len(parts)):
-            shape, sharding = by_path.get("/".join(parts[start:]), (None, None))
-            if shape == leaf.shape:
-                return sharding
-        return replicated
+    def place(names: tuple[str | None, ...]) -> NamedSharding:
+        return NamedSharding(mesh, model.rules.spec(names))
 
+    moments = state_axes(shapes.opt_state, shapes.params, model.axes)
     return TrainState(
         step=replicated,
         skipped=replicated,
         streak=replicated,
-        params=params,
-        opt_state=jax.tree_util.tree_map_with_path(moment, shapes.opt_state),
+        params=param_shardings(model.axes, shapes.params, mesh, model.rules),
+        opt_state=jax.tree.map(place, moments, is_leaf=is_names),
         rng=replicated,
     )
 
@@ -71,9 +61,16 @@ def abstract_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
+def abstract_params(model: Model, mesh: Mesh) -> Params:
+    """The parameters as ShapeDtypeStructs with shardings: what they are loaded into."""
+    shapes = model.shapes()
+    shardings = param_shardings(model.axes, shapes, mesh, model.rules)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
+
+
 def init_params(model: Model, mesh: Mesh, seed: int) -> Params:
     """Fresh parameters, each made where it belongs.  The values do not depend on the mesh."""
-    shardings = param_shardings(model.axes, model.shapes(), mesh, model.rules)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_params(model, mesh))
     with jax.set_mesh(mesh):
         return jax.jit(model.init, out_shardings=shardings)(jax.random.key(seed))
 

@@ -1,0 +1,86 @@
+"""The order of examples.  Training: a pure function of seed and step.  Evaluation: each record once."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.data.store import RecordSource
+
+ToBatch = Callable[[Sequence[dict[str, np.ndarray]]], Any]
+
+
+def _check(source: RecordSource, batch_size: int) -> None:
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if not len(source):
+        raise ValueError(f"{source} has no records")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Loader:
+    """Endless shuffled batches; each epoch is another permutation, and a batch may span two epochs.
+
+    Row r of step s is number ``s * batch_size + r`` of the shuffled, repeated source, so the
+    state of the data is the step number, for any number of hosts.
+
+    source: anything with ``len``, ``[i]`` and a ``fingerprint``.
+    seed: of the shuffle; the epoch is mixed in.
+    to_batch: makes a batch of a list of records, as ``TextDataset.batch``.
+
+    Raises ValueError for a source without records.
+    """
+
+    source: RecordSource
+    batch_size: int
+    seed: int
+    to_batch: ToBatch
+
+    def __post_init__(self):
+        _check(self.source, self.batch_size)
+        if not 0 <= self.seed < 2**32:
+            raise ValueError(f"seed is {self.seed}; Grain shuffles with a seed in [0, 2**32)")
+
+    @functools.cached_property
+    def _order(self):
+        import grain  # takes a second to import, so not before the first batch
+
+        # Indices rather than records: Grain's per-element bookkeeping of a source costs as much as reading
+        # it.
+        return grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
+
+    def batch(self, step: int) -> Any:
+        """The batch of ``step``, from 0: the same whenever and in whatever order it is asked for."""
+        if step < 0:
+            raise ValueError(f"step is {step}; steps count from 0")
+        start = int(step) * self.batch_size
+        return self.to_batch([self.source[self._order[i]] for i in range(start, start + self.batch_size)])
+
+    def fingerprint(self) -> dict[str, Any]:
+        """What must be equal for ``batch`` to be the same function; kept with checkpoints."""
+        return {
+            "data": self.source.fingerprint,
+            "records": len(self.source),
+            "batch_size": self.batch_size,
+            "seed": self.seed,
+        }
+
+
+def sequential_batches(source: RecordSource, batch_size: int, to_batch: ToBatch) -> Iterator[Any]:
+    """Every record once, in order.  The last batch is filled up with records of zeros: weight 0, segment 0.
+
+    Raises ValueError, at the call, for a source without records.
+    """
+    _check(source, batch_size)
+
+    def batches():
+        for start in range(0, len(source), batch_size):
+            rows = [source[index] for index in range(start, min(start + batch_size, len(source)))]
+            blank = {name: np.zeros_like(values) for name, values in rows[0].items()}
+            yield to_batch(rows + [blank] * (batch_size - len(rows)))
+
+    return batches()

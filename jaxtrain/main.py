@@ -1,0 +1,163 @@
+"""The command line.  Nothing heavy is imported until a command runs, so that ``--help`` answers at once."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import jaxtrain
+
+USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes; argparse's own is 2 as well
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 2 for a user's mistake, told in one line on stderr.
+
+    ``JAXTRAIN_TRACEBACK=1`` lets the exception through instead.
+    """
+    args = _parser().parse_args(argv)
+    set_environment()
+    try:
+        from jaxtrain import commands
+
+        return getattr(commands, args.command)(args)
+    except (ValueError, OSError) as error:  # OSError: a full disk, a folder that cannot be written
+        if os.environ.get("JAXTRAIN_TRACEBACK", "0") not in ("", "0"):
+            raise
+        print(f"jaxtrain: error: {error}", file=sys.stderr)
+        return USER_MISTAKE
+    except KeyboardInterrupt:
+        print("jaxtrain: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+def set_environment() -> None:
+    """Sets what JAX reads from the environment when it is first imported, wherever the user has not.
+
+    The persistent compilation cache spares a second run of the same shapes its compilations, those of small
+    programs too; ``JAX_ENABLE_COMPILATION_CACHE=false`` turns it off.
+    """
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache / "jaxtrain" / "xla"))
+    os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ logs: errors only
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="jaxtrain",
+        description="From raw text to an aligned model: one train step, another objective for each stage.",
+        epilog="Set JAXTRAIN_TRACEBACK=1 to see where an error was raised.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"jaxtrain {jaxtrain.__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    quickstart = command(
+        "quickstart", "train a small model through every stage, on text found on this machine"
+    )
+    _add_out(quickstart, default=Path("jaxtrain-quickstart"))
+    _add_gin(quickstart)
+    quickstart.add_argument("--seed", type=_COUNT, default=0, help="seed of every random choice (default: 0)")
+    quickstart.add_argument(
+        "--check",
+        action="store_true",
+        help="exit 1, naming it, if a stage does not improve its held-out metric",
+    )
+
+    train = command("train", "train one stage described by gin files")
+    train.add_argument(
+        "--gin_file",
+        action="append",
+        required=True,
+        metavar="FILE",
+        help="gin file; repeat for more, in order",
+    )
+    _add_gin(train)
+    _add_out(train)
+    train.add_argument(
+        "--dry_run",
+        action="store_true",
+        help="print the resolved config, parameter count, FLOPs per token and bytes of state; train nothing",
+    )
+
+    run = command("run", "run a recipe: a chain of stages, skipping those whose inputs have not changed")
+    run.add_argument("recipe", metavar="RECIPE.gin", help="gin file that binds Recipe.stages")
+    _add_gin(run)
+    _add_out(run)
+
+    generate = command("generate", "complete a prompt with a trained model")
+    add = generate.add_argument
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a trained stage")
+    add("--prompt", required=True, metavar="TEXT", help="what to complete")
+    add("--max_new_tokens", type=_POSITIVE, default=64, metavar="N", help="most to generate (default: 64)")
+    add(
+        "--temperature",
+        type=_TEMPERATURE,
+        default=1.0,
+        metavar="T",
+        help="0: the likeliest token (default: 1)",
+    )
+    add("--top_k", type=_COUNT, default=0, metavar="K", help="sample from the K likeliest (default: 0, all)")
+    add(
+        "--top_p",
+        type=_SHARE,
+        default=1.0,
+        metavar="P",
+        help="sample from the likeliest of mass P (default: 1)",
+    )
+    add("--seed", type=_COUNT, default=0, help="seed of the sampling (default: 0)")
+    return parser
+
+
+def _add_out(parser: argparse.ArgumentParser, default: Path | None = None) -> None:
+    shown = f" (default: {default})" if default else ""
+    parser.add_argument(
+        "--out",
+        type=Path,
+        required=default is None,
+        default=default,
+        metavar="DIR",
+        help=f"folder of the run{shown}",
+    )
+
+
+def _add_gin(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--gin",
+        action="append",
+        default=[],
+        metavar="NAME.FIELD=VALUE",
+        help="one binding on top of the files; repeat for more",
+    )
+
+
+def _number(kind: type, described: str, accepts: Callable[[float], bool]) -> Callable[[str], float]:
+    """An argparse type: a ``kind`` for which ``accepts`` holds; ``described`` goes into the error."""
+
+    def parse(text: str):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accepts(value):
+            raise argparse.ArgumentTypeError(f"expected {described}, found {text!r}")
+        return value
+
+    return parse
+
+
+_COUNT = _number(int, "a whole number of at least 0", lambda value: value >= 0)
+_POSITIVE = _number(int, "a whole number of at least 1", lambda value: value >= 1)
+_TEMPERATURE = _number(float, "a number of at least 0", lambda value: 0 <= value < float("inf"))
+_SHARE = _number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,172 @@
+"""The chain: each stage in turn, skipped when its inputs have not changed, continued when it was killed."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.checkpoint import read_meta
+from jaxtrain.config import PPOStage, Recipe
+from jaxtrain.config_json import to_json
+from jaxtrain.data.datasets import TextDataset
+from jaxtrain.models import build_model
+from jaxtrain.recipe.ppo import PPOJob
+from jaxtrain.recipe.runtime import Runtime
+from jaxtrain.recipe.samples import take_samples
+from jaxtrain.recipe.supervised import SupervisedJob
+from jaxtrain.recipe.workspace import claim_folder, hash_json, locked, read_json, stage_folder, write_json
+from jaxtrain.report import write_report
+from jaxtrain.sharding import make_mesh
+from jaxtrain.train.metrics import read_rows
+from jaxtrain.train.state import init_params
+
+Summary = list[dict[str, Any]]
+
+
+def run_recipe(
+    recipe: Recipe, config_text: str, out: Path, say: Callable[[str], None]
+) -> tuple[Summary, list[str]]:
+    """Runs every stage, writes ``summary.json`` and ``report.html``; returns the summary and what failed to improve.
+
+    config_text: the resolved gin, kept as ``config.gin``.  say: prints a line for the user.
+    """
+    with locked(out):
+        (out / "config.gin").write_text(config_text, encoding="utf-8")
+        write_json(out / "config.json", to_json(recipe))
+        runtime = Runtime(recipe, out, say)
+        _untrained_samples(runtime)
+        summary: Summary = []
+        failures: list[str] = []
+        for stage in recipe.stages:
+            result = _run_stage(runtime, stage)
+            failures += shortfalls(stage.name, result["evaluation"])
+            for row in result["evaluation"]:
+                figures = {name: row[name] for name in ("metric", "before", "after", "better")}
+                summary.append({"stage": stage.name, **figures, "seconds": result["seconds"]})
+            write_json(out / "summary.json", summary)
+            write_report(out)
+        return summary, failures
+
+
+def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
+    job = (PPOJob if isinstance(stage, PPOStage) else SupervisedJob)(runtime, stage)
+    for parent in job.parents():
+        runtime.check_tokenizer(parent)
+    inputs = {
+        "config": to_json(stage),
+        "seed": runtime.recipe.seed,
+        "samples": to_json(runtime.recipe.samples),
+        "data": job.data_fingerprint(),
+        "tokenizer": runtime.tokenizer.digest,
+        "code": runtime.code_version,
+        "parents": [parent.checkpoint for parent in job.parents()],
+    }
+    key = hash_json(inputs)
+    result = read_json(job.folder / "result.json")
+    if result is not None and result["hash"] == key:
+        runtime.say(f"{stage.name}: unchanged, skipped")
+        return result
+
+    claim_folder(job.folder, key)
+    write_json(job.folder / "inputs.json", {"hash": key, **inputs})
+    shutil.copytree(runtime.out / "tokenizer", job.folder / "tokenizer", dirs_exist_ok=True)
+    ancestry: dict[str, dict[str, str]] = {}
+    for parent in job.parents():
+        ancestry |= {record["hash"]: record for record in parent.ancestry}
+    chat = not isinstance(stage.data, TextDataset) or any(parent.chat for parent in job.parents())
+    meta = {
+        "stage": stage.name,
+        "hash": key,
+        "model": to_json(stage.model),
+        "data": job.data_fingerprint(),
+        "tokenizer": runtime.tokenizer.digest,
+        "ancestry": list(ancestry.values()),
+        "chat": chat,
+    }
+
+    before = read_json(job.folder / "before.json")
+    if before is None:
+        before = job.figures_before()
+        write_json(job.folder / "before.json", before)
+    params = job.train(meta)
+    after = job.figures(params)
+    if "lm" in stage.model.heads:
+        samples = take_samples(
+            stage.name, job.model, params, runtime.tokenizer, runtime.recipe.samples, chat=chat
+        )
+        write_json(job.folder / "samples.json", samples)
+
+    rows = read_rows(job.folder / "metrics.jsonl")
+    speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
+    result = {
+        "stage": stage.name,
+        "hash": key,
+        "checkpoint": hash_json(read_meta(job.folder / "checkpoints")["digests"]),
+        "parents": list(ancestry.values()),
+        "tokenizer": runtime.tokenizer.digest,
+        "chat": chat,
+        "steps": stage.steps,
+        "seconds": rows[-1]["seconds"] if rows else 0.0,
+        "tokens_per_second": float(np.median(speeds)) if speeds else None,
+        "parameters": job.model.num_params(),
+        "evaluation": [
+            {**after_row, "before": before_row["value"], "after": after_row.pop("value")}
+            for before_row, after_row in zip(before, after, strict=True)
+        ],
+        "environment": environment(),
+    }
+    write_json(job.folder / "result.json", result)
+    return result
+
+
+def _untrained_samples(runtime: Runtime) -> None:
+    """What the first stage's model writes before any training."""
+    stage = runtime.recipe.stages[0]
+    path = stage_folder(runtime.out, "untrained") / "samples.json"
+    if path.exists() or stage.init is not None or "lm" not in stage.model.heads:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    params = init_params(build_model(stage.model), make_mesh(stage.mesh), runtime.recipe.seed)
+    samples = take_samples(
+        "untrained", build_model(stage.model), params, runtime.tokenizer, runtime.recipe.samples, chat=False
+    )
+    write_json(path, samples)
+
+
+def environment() -> dict[str, str]:
+    """Where numbers were made."""
+    device = jax.devices()[0]
+    return {
+        "jax": jax.__version__,
+        "python": platform.python_version(),
+        "devices": f"{jax.device_count()} × {device.device_kind or device.platform}",
+        "machine": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def shortfalls(stage: str, evaluation: list[dict[str, Any]]) -> list[str]:
+    """Why a stage cannot be said to have worked: its own figure, the first that has a direction, did not improve, or
+    one that is required was not reached.  Empty if it worked."""
+    lines = []
+    directed = [row for row in evaluation if row["better"] != "none"]
+    for row in directed[:1]:
+        if not _better(row["after"], row["before"], row["better"]):
+            lines.append(
+                f"{stage}: {row['metric']} went from {row['before']:.4g} to {row['after']:.4g}; it should be "
+                f"{row['better']}"
+            )
+    for row in directed:
+        wanted = row["required"]
+        if wanted is not None and row["after"] != wanted and not _better(row["after"], wanted, row["better"]):
+            lines.append(f"{stage}: {row['metric']} is {row['after']:.4g}, and {wanted:g} is required")
+    return lines
+
+
+def _better(new: float, old: float, direction: str) -> bool:
+    return new < old if direction == "lower" else new > old

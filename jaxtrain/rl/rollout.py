@@ -1,0 +1,156 @@
+"""From sampled ids to the rows a policy-gradient update reads, and the gate between sampler and trainer.
+
+B rows, P prompt slots, N sampled tokens at most, T = P + N.  A row is padding, prompt, completion, padding.  Position
+t reads id t and is about the action ``targets[t]``, the id after it; so the actions of a completion of n tokens
+stand at positions P - 1 to P + n - 2, and position P + n - 1 has read the whole of it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.generate.decode import Generated, make_generator
+from jaxtrain.generate.sampling import Sampling
+from jaxtrain.objectives.common import token_logps
+from jaxtrain.types import Array, Params, Rollout, Tokens
+
+Place = Callable[[Any], Any]  # puts a pytree of NumPy arrays on the devices
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PromptBatch:
+    """The prompts of one iteration.
+
+    ids: int32 ``[B, P]``, padded on the left.  lengths: int32 ``[B]``, at least 1.
+    rows: the prompts' other columns, for the rewards; ``{}`` for each where there are none.
+    """
+
+    ids: Array
+    lengths: Array
+    rows: Sequence[Mapping[str, Any]] | None = None
+
+
+def fetch(array: Array) -> np.ndarray:
+    """A global array's values on every host."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental import multihost_utils
+
+        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
+    return np.asarray(array)
+
+
+def make_sampler(model: Any, sampling: Sampling, max_new_tokens: int) -> Callable[..., Generated]:
+    """``make_generator`` for samples to train on: refuses, with ValueError, what the trainer could not score.
+
+    The trainer's log-probabilities are those of the whole softmax at the sampling temperature; ids that top-k or
+    top-p exclude would have probability 0 in the one and not in the other, and greedy decoding has no distribution.
+    """
+    if sampling.temperature == 0:
+        raise ValueError("cannot train on greedy samples (temperature 0): set a temperature above 0")
+    if sampling.filters:
+        raise ValueError(
+            f"cannot train on samples of top_k={sampling.top_k}, top_p={sampling.top_p}: the update's probability"
+            " ratios would be taken against another distribution than the one sampled from. Use top_k=0 and top_p=1"
+        )
+    return make_generator(model, sampling, max_new_tokens)
+
+
+def completion_tokens(prompts: PromptBatch, generated: Generated) -> Tokens:
+    """Prompts and completions as rows of NumPy arrays ``[B, P + N]``; weights are 1 on the sampled tokens."""
+    prompt_ids, prompt_lengths = np.asarray(prompts.ids), np.asarray(prompts.lengths)
+    ids, lengths = fetch(generated.ids), fetch(generated.lengths)
+    width, total = prompt_ids.shape[1], prompt_ids.shape[1] + ids.shape[1]
+    slots = np.arange(total, dtype=np.int32)
+    starts, ends = width - prompt_lengths[:, None], width + lengths[:, None]
+    valid = (slots >= starts) & (slots < ends)
+    rows = np.where(valid, np.concatenate([prompt_ids, ids], axis=1), 0).astype(np.int32)
+    return Tokens(
+        ids=rows,
+        targets=np.pad(rows[:, 1:], ((0, 0), (0, 1))),
+        weights=((slots >= width - 1) & (slots < ends - 1)).astype(np.float32),
+        positions=np.where(valid, slots - starts, 0).astype(np.int32),
+        segments=valid.astype(np.int32),
+    )
+
+
+@partial(jax.jit, static_argnames=("apply", "temperature"))
+def _score(apply, temperature: float, params: Params, tokens: Tokens) -> tuple[Array | None, Array | None]:
+    outputs = apply(params, tokens)
+    logps = None
+    if outputs.logits is not None:
+        logps = token_logps(outputs.logits, tokens.targets, temperature) * tokens.weights
+    return logps, outputs.values
+
+
+def score(
+    model: Any,
+    params: Params,
+    tokens: Tokens,
+    *,
+    temperature: float,
+    rows: int,
+    place: Place = lambda batch: batch,
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """The model's log-probabilities of the sampled tokens, 0 elsewhere, and its values, each float32 ``[B, T]``.
+
+    ``rows`` at a time: give the update's minibatch, so that old and new log-probabilities come from programs of the
+    same shapes.  None for a head the model lacks.
+    """
+    parts = [
+        _score(model.apply, temperature, params, place(take_rows(tokens, chunk, rows)))
+        for chunk in chunks(np.arange(len(tokens.ids)), rows)
+    ]
+    logps, values = (None if one[0] is None else [fetch(x) for x in one] for one in zip(*parts, strict=True))
+    count = len(tokens.ids)
+    return tuple(None if one is None else np.concatenate(one)[:count] for one in (logps, values))
+
+
+def chunks(order: np.ndarray, size: int) -> list[np.ndarray]:
+    """``order`` in pieces of ``size``, the last one perhaps smaller."""
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def take_rows(batch: Rollout | Tokens, chosen: np.ndarray, size: int) -> Any:
+    """The chosen rows of every array, and copies of the first of them with weight 0 up to ``size`` rows."""
+    assert 0 < len(chosen) <= size
+    index = np.concatenate([chosen, np.repeat(chosen[:1], size - len(chosen))])
+    taken = jax.tree.map(lambda x: x[index], batch)
+    real = (np.arange(size) < len(chosen)).astype(np.float32)[:, None]
+    if isinstance(taken, Tokens):
+        return dataclasses.replace(taken, weights=taken.weights * real)
+    return dataclasses.replace(
+        taken, tokens=dataclasses.replace(taken.tokens, weights=taken.tokens.weights * real)
+    )
+
+
+def sampler_logps(generated: Generated, tokens: Tokens) -> np.ndarray:
+    """The sampler's log-probabilities in the rows' places, float32 ``[B, T]``."""
+    logps = fetch(generated.logps)
+    before = tokens.ids.shape[1] - logps.shape[1] - 1
+    return np.pad(logps, ((0, 0), (before, 1))) * tokens.weights
+
+
+def gate_difference(sampler: np.ndarray, trainer: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """Mean and maximum of |sampler - trainer| over the sampled tokens, in nats."""
+    difference = np.abs(sampler.astype(np.float64) - trainer)[weights > 0]
+    return float(difference.mean()), float(difference.max())
+
+
+def check_gate(mean: float, maximum: float, threshold: float) -> None:
+    """Raises ValueError unless the mean difference is at most ``threshold`` (NaN never is)."""
+    if mean <= threshold:
+        return
+    raise ValueError(
+        f"sampler and trainer disagree on the log-probabilities of the first rollout: {mean:.3g} nats a token on"
+        f" average, at most {maximum:.3g}, above gate_threshold={threshold:g}. Probability ratios would be wrong from"
+        " the first update on. Likely causes: another temperature, or top-k or top-p, in one of the two; parameters or"
+        " a cached prefix that are not the trainer's current ones; wrong positions or visible padding; ids that were"
+        " decoded and encoded again; bfloat16 or a lower matmul precision in one of the two (float32 differs by about"
+        " 1e-6, bfloat16 by about 1e-2: only there may the threshold be raised)"
+    )
