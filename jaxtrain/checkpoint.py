@@ -37,10 +37,20 @@ def _words(x: jax.Array) -> jax.Array:
     return jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
 
 
+def _mix(x: jax.Array) -> jax.Array:
+    """A bijection of words that spreads each bit over all (MurmurHash3's finalizer, A. Appleby).
+
+    Without it the top bits would cancel in a wrapping sum: two flipped signs would go unseen.
+    """
+    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+    return x ^ (x >> 16)
+
+
 @jax.jit
 def _digests(leaves: list[jax.Array]) -> list[jax.Array]:
     def one(x):
-        words = _words(x)
+        words = _mix(_words(x))
         index, stride = jnp.ones((), jnp.uint32), 1
         for dim in range(x.ndim - 1, -1, -1):
             index = index + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
@@ -51,7 +61,7 @@ def _digests(leaves: list[jax.Array]) -> list[jax.Array]:
 
 
 def digests(tree: Any) -> dict[str, str]:
-    """path -> 16 hex digits: the wrapping sum of the array's words and their position-weighted sum.
+    """path -> 16 hex digits: the wrapping sum of the array's mixed words, and their position-weighted sum.
 
     The same for every mesh, since integer addition does not care for order.
     """

@@ -34,15 +34,15 @@ class Generated:
 def make_generator(
     model, sampling: Sampling, max_new_tokens: int
 ) -> Callable[[Params, Array, Array, Array], Generated]:
-    """Builds ``generate(params, prompt_ids, prompt_lengths, key) -> Generated``, jitted: one compilation a shape.
+    """Builds ``generate(params, prompt_ids, prompt_lengths, key) -> Generated``, jitted, once a shape.
 
     prompt_ids: int32 ``[B, P]``, padded on the left; row b's prompt is its last ``prompt_lengths[b]`` ids.
     prompt_lengths: int32 ``[B]``, at least 1.
-    key: the token at step t of row b is drawn with a key folded from t and b alone, and padding is never attended
-        to, so a row's completion is the same in any batch that holds it at the same place.
+    key: the token at step t of row b is drawn with a key folded from t and b alone, and padding is never
+        attended to, so a row's completion is the same in any batch that holds it at the same place.
 
-    The cache starts empty in every call: nothing computed with older parameters is kept.  Decoding ends early once
-    every row has sampled a stop id.
+    The cache starts empty in every call: nothing computed with older parameters is kept.  Decoding ends early
+    once every row has sampled a stop id.
 
     Raises ValueError, before anything is compiled, if P + ``max_new_tokens`` exceeds the model's positions.
     """
@@ -71,8 +71,9 @@ def make_generator(
         batch, width = prompt_ids.shape
         if width + max_new_tokens > config.max_positions:
             raise ValueError(
-                f"a prompt of up to {width} tokens and {max_new_tokens} new ones make {width + max_new_tokens}, more"
-                f" than the model's max_positions={config.max_positions}; shorten one of them"
+                f"a prompt of up to {width} tokens and {max_new_tokens} new ones make"
+                f" {width + max_new_tokens}, more than the model's max_positions={config.max_positions};"
+                " shorten one of them"
             )
 
         def draw(t, logits_BV, going_B):

@@ -19,10 +19,11 @@ from jaxtrain.types import Array
 class Sampling:
     """The sampling distribution, and the ids that end a completion.
 
-    The logits are divided by ``temperature``; of the result the ``top_k`` most likely ids are kept (0: all), and of
-    those, renormalised, the smallest number whose probabilities add up to at least ``top_p``.
+    The logits are divided by ``temperature``; of the result the ``top_k`` most likely ids are kept (0: all),
+    and of those, renormalised, the smallest number whose probabilities add up to at least ``top_p``.
 
-    temperature: 0 takes the most likely id, and reports its log-probability under the unscaled, unfiltered softmax.
+    temperature: 0 takes the most likely id, and reports its log-probability under the unscaled, unfiltered
+        softmax.
     stop_ids: any of them ends a completion, of which it is then the last token.
     """
 
@@ -54,10 +55,10 @@ class Sampling:
 
 
 def filter_logits(logits_BV: Array, sampling: Sampling) -> Array:
-    """Puts -inf in the place of the logits that ``sampling`` excludes; the rest are returned as they are, float32.
+    """Puts -inf in the place of the logits that ``sampling`` excludes; the rest stay as they are, float32.
 
-    Ids of equal logits are ranked by id, the lower first, so exactly ``top_k`` ids remain and the last one that
-    ``top_p`` needs is well defined.  The most likely id always remains.
+    Ids of equal logits are ranked by id, the lower first, so exactly ``top_k`` ids remain and the last one
+    that ``top_p`` needs is well defined.  The most likely id always remains.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if not sampling.filters:
@@ -82,7 +83,8 @@ def sample(key: Array, logits_BV: Array, sampling: Sampling) -> tuple[Array, Arr
 
     Row b draws with ``fold_in(key, b)``: what a row samples does not depend on the others.
 
-    Returns ids, int32 ``[B]``, and their log-probabilities under the distribution sampled from, float32 ``[B]``.
+    Returns ids, int32 ``[B]``, and their log-probabilities under the distribution sampled from, float32
+    ``[B]``.
     """
     logits_BV = logits_BV.astype(jnp.float32)
     if sampling.temperature == 0:

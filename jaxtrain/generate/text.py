@@ -44,7 +44,8 @@ class GenerateStats:
 def left_pad(prompts: Sequence[Sequence[int]], width: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Prompts as one array.
 
-    Returns ids int32 ``[B, max(width, the longest prompt)]``, padded on the left with 0, and lengths int32 ``[B]``.
+    Returns ids int32 ``[B, max(width, the longest prompt)]``, padded on the left with 0, and lengths int32
+    ``[B]``.
     Raises ValueError for an empty prompt: there would be nothing to predict the first token from.
     """
     lengths = np.array([len(prompt) for prompt in prompts], np.int32)
@@ -77,11 +78,11 @@ def generate_text(
     """Completes every prompt, in one batch.
 
     tokenizer: has ``encode(text) -> ids``, ``decode(ids) -> text`` and ``vocab_size``.
-    encode: how a prompt becomes ids, where that is more than the tokenizer's encoding (a chat's turns, a first
-        ``<bos>``); by default ``tokenizer.encode``.
+    encode: how a prompt becomes ids, where that is more than the tokenizer's encoding (a chat's turns, a
+        first ``<bos>``); by default ``tokenizer.encode``.
 
-    Raises ValueError for an empty prompt, for ids beyond the model's vocabulary, and for prompts that leave fewer
-    than ``max_new_tokens`` of the model's positions.
+    Raises ValueError for an empty prompt, for ids beyond the model's vocabulary, and for prompts that leave
+    fewer than ``max_new_tokens`` of the model's positions.
     """
     rows = [list((encode or tokenizer.encode)(prompt)) for prompt in prompts]
     for prompt, row in zip(prompts, rows, strict=True):

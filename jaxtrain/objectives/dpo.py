@@ -158,7 +158,7 @@ def add_reference(apply: Apply, params: Params, batch: Pairs) -> Pairs:
 
 
 def pair_logps(apply: Apply, params: Params, batch: Pairs) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
-    """Summed log-probabilities of the completions, and their lengths in tokens: (chosen, rejected), ``[B]``."""
+    """The completions' summed log-probabilities, and their numbers of tokens; (chosen, rejected), ``[B]``."""
     rows = interleave(batch.chosen, batch.rejected)
     logits = head(apply(params, rows), "logits", "DPO")
     logps, lengths = sequence_logps(token_logps(logits, rows.targets), rows.weights)

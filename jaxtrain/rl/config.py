@@ -12,10 +12,11 @@ from jaxtrain.objectives.ppo import PPOPolicy, PPOShared
 class PPOConfig:
     """What one iteration does, and how many there are.
 
-    iterations: of the whole run.  prompts_per_iteration: prompts, each with one sampled completion, per iteration.
+    iterations: of the whole run.  prompts_per_iteration: prompts, each with one sampled completion, per
+        iteration.
     max_new_tokens: of a completion, the stop token included.  temperature: sampled at and trained at.
-    epochs: passes over an iteration's rollouts, each in a fresh order.  minibatch_size: rollouts an update; the last
-        one of an epoch is filled up with rows of weight 0.
+    epochs: passes over an iteration's rollouts, each in a fresh order.  minibatch_size: rollouts an update;
+        the last one of an epoch is filled up with rows of weight 0.
     kl_coef: of the penalty KL(policy || reference).  kl_estimator: k1, k2 or k3.
     kl_placement: "reward" subtracts the penalty from each token's reward; "loss" adds it to the objective.
     kl_target: nats a completion; steers kl_coef (in the reward only), over ``kl_horizon`` completions.
@@ -23,13 +24,15 @@ class PPOConfig:
     gamma, lam: discount and trace decay of generalised advantage estimation.
     whiten_rewards: divides token rewards by their standard deviation, keeping their mean.
     whiten_advantages: to mean 0 and standard deviation 1 over the iteration's trained tokens.
-    missing_eos_penalty: subtracted from the score of a completion that was cut off.  missing_eos_score: its score.
+    missing_eos_penalty: subtracted from the score of a completion that was cut off.  missing_eos_score: its
+        score.
     truncation: the value after a completion that was cut off: "terminal" 0, "bootstrap" the critic's.
-    target_kl_stop: ends an iteration's updates after an epoch whose mean approximate KL exceeds 1.5 times this.
+    target_kl_stop: ends an iteration's updates after an epoch whose mean approximate KL exceeds 1.5 times
+        this.
     gate_threshold: nats a token by which sampler and trainer may differ on average on the first rollout.
     critic: "separate" is a model of its own, "shared" a value head on the policy (trained by ``PPOShared``).
-    normalise_batches: iterations' worth of the reference policy's samples on which reward models are brought to mean 0
-        and standard deviation 1 before the first iteration; 0 leaves them as they are.
+    normalise_batches: iterations' worth of the reference policy's samples on which reward models are brought
+        to mean 0 and standard deviation 1 before the first iteration; 0 leaves them as they are.
 
     Sources: 1707.06347, 1909.08593, 2403.17031.
     """
@@ -94,8 +97,8 @@ class PPOConfig:
             )
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ValueError(
-                "PPOConfig.missing_eos_penalty and missing_eos_score are both set, and only one can decide the score of"
-                " an unfinished completion: leave one at None"
+                "PPOConfig.missing_eos_penalty and missing_eos_score are both set, and only one can decide"
+                " the score of an unfinished completion: leave one at None"
             )
 
     @property
@@ -112,19 +115,20 @@ class PPOConfig:
         if shared != (self.critic == "shared"):
             raise ValueError(
                 f"PPOConfig.critic is {self.critic!r}, which needs the objective"
-                f" {'PPOShared' if self.critic == 'shared' else 'PPOPolicy'}; found {type(objective).__name__}"
+                f" {'PPOShared' if self.critic == 'shared' else 'PPOPolicy'}; found"
+                f" {type(objective).__name__}"
             )
         policy = objective.policy if shared else objective
         if policy.temperature not in (1.0, self.temperature):
             raise ValueError(
-                f"PPOPolicy.temperature is {policy.temperature}, but completions are sampled at PPOConfig.temperature"
-                f" {self.temperature}: set only the latter"
+                f"PPOPolicy.temperature is {policy.temperature}, but completions are sampled at"
+                f" PPOConfig.temperature {self.temperature}: set only the latter"
             )
         coefficient = self.kl_coef if self.kl_placement == "loss" else 0.0
         if policy.kl_coef not in (0.0, coefficient):
             raise ValueError(
-                f"PPOPolicy.kl_coef is {policy.kl_coef}, but the penalty is set by PPOConfig.kl_coef={self.kl_coef} with"
-                f" kl_placement={self.kl_placement!r}: set only those"
+                f"PPOPolicy.kl_coef is {policy.kl_coef}, but the penalty is set by"
+                f" PPOConfig.kl_coef={self.kl_coef} with kl_placement={self.kl_placement!r}: set only those"
             )
         policy = dataclasses.replace(policy, temperature=self.temperature, kl_coef=coefficient)
         return dataclasses.replace(objective, policy=policy) if shared else policy

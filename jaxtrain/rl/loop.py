@@ -1,6 +1,7 @@
 """One iteration of PPO: sample, score, estimate advantages, update.  B rollouts, T positions.
 
-An iteration is a pure function of the states and of ``(seed, iteration)``, so a resumed run repeats it bit for bit.
+An iteration is a pure function of the states and of ``(seed, iteration)``, so a resumed run
+repeats it bit for bit.
 """
 
 from __future__ import annotations
@@ -19,8 +20,7 @@ from jax.sharding import Mesh
 from jaxtrain.generate.decode import Generated
 from jaxtrain.generate.sampling import Sampling
 from jaxtrain.generate.text import completion_ids
-from jaxtrain.objectives.common import kl_estimate, weighted_total
-from jaxtrain.rl.advantages import end_scores, gae, token_rewards, updated_kl_coef, whiten
+from jaxtrain.rl.advantages import updated_kl_coef
 from jaxtrain.rl.config import PPOConfig
 from jaxtrain.rl.rewards import ModelReward, Reward, score_completions
 from jaxtrain.rl.rollout import (
@@ -28,6 +28,7 @@ from jaxtrain.rl.rollout import (
     check_gate,
     chunks,
     completion_tokens,
+    estimate_advantages,
     fetch,
     gate_difference,
     make_sampler,
@@ -45,7 +46,7 @@ LAST = ("skipped", "streak")  # counters: their last value is the iteration's
 
 @record
 class LoopState:
-    """What the loop itself changes.  iteration: int32, the next one.  kl_coef: float32, that of the reward."""
+    """What the loop itself changes.  iteration: int32, the next one.  kl_coef: float32, the reward's."""
 
     iteration: Array
     kl_coef: Array
@@ -56,69 +57,13 @@ def new_loop_state(config: PPOConfig) -> LoopState:
     return LoopState(iteration=jnp.int32(0), kl_coef=jnp.float32(config.kl_coef))
 
 
-@partial(jax.jit, static_argnames="config")
-def estimate_advantages(
-    config: PPOConfig,
-    scores: Array,
-    stopped: Array,
-    weights: Array,
-    old_logps: Array,
-    reference_logps: Array,
-    values: Array,
-    end_values: Array,
-    kl_coef: Array,
-) -> tuple[Array, Array, dict[str, Array]]:
-    """Advantages and returns, ``[B, T]``, and the ``objective/`` metrics, means over the rows that are trained.
-
-    scores, stopped, end_values: ``[B]``, the last being the critic's value once the whole completion is read.
-    weights, old_logps, reference_logps, values: ``[B, T]``.
-    """
-    in_reward = config.kl_placement == "reward"
-    marked = end_scores(
-        scores,
-        stopped,
-        missing_eos_penalty=config.missing_eos_penalty,
-        missing_eos_score=config.missing_eos_score,
-    )
-    rewards, mask = token_rewards(
-        marked,
-        old_logps,
-        reference_logps,
-        weights,
-        kl_coef=kl_coef if in_reward else 0.0,
-        kl_estimator=config.kl_estimator,
-    )
-    if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    bootstrap = jnp.where(stopped, 0.0, end_values) if config.truncation == "bootstrap" else None
-    advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
-    if config.whiten_advantages:
-        advantages = whiten(advantages, mask)
-
-    trained_B = (weights.sum(axis=1) > 0).astype(jnp.float32)
-    kl_B = weighted_total(kl_estimate(old_logps, reference_logps, config.kl_estimator), weights, axis=1)
-    penalty_B = kl_coef * kl_B if in_reward else jnp.zeros_like(kl_B)
-
-    def mean(x_B):
-        return weighted_total(x_B, trained_B) / jnp.maximum(trained_B.sum(), 1.0)
-
-    metrics = {
-        "objective/scores": mean(marked),
-        "objective/kl": mean(kl_B),
-        "objective/non_score_reward": -mean(penalty_B),
-        "objective/rlhf_reward": mean(marked - penalty_B),
-        "objective/entropy": -mean(weighted_total(old_logps, weights, axis=1)),
-    }
-    return advantages, returns, metrics
-
-
 class PPOLoop:
     """Runs iterations.  Everything that changes is in the states handed to ``iterate`` and handed back.
 
     policy: a model with an "lm" head, and with ``config.critic="shared"`` a "value" head.
     critic: with ``config.critic="separate"``, a model with a "value" head; otherwise None.
-    reference_params: the frozen policy the KL is measured from.  Not the buffers of the policy's first state, which
-        the step donates: a copy.
+    reference_params: the frozen policy the KL is measured from.  Not the buffers of the policy's first state,
+        which the step donates: a copy.
     prompts: iteration -> PromptBatch of ``config.prompts_per_iteration`` rows, a pure function.
     decode: ids -> text, for the rewards.  stop_ids: those that end a completion.
     rewards, weights: as for ``score_completions``.
@@ -167,8 +112,8 @@ class PPOLoop:
     ) -> tuple[TrainState, TrainState | None, LoopState, Metrics]:
         """One iteration: the new states (the old ones' buffers are gone) and the iteration's metrics.
 
-        Raises ValueError, before anything is updated, where sampler and trainer disagree on the first rollout, and
-        where a reward function misbehaves.
+        Raises ValueError, before anything is updated, where sampler and trainer disagree on the first
+        rollout, and where a reward function misbehaves.
         """
         iteration = int(state.iteration)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
@@ -199,14 +144,14 @@ class PPOLoop:
         lengths = np.asarray(prompts.lengths)
         if len(lengths) != self.config.prompts_per_iteration or lengths.min() < 1:
             raise ValueError(
-                f"iteration {iteration} has {len(lengths)} prompts, the shortest of {lengths.min(initial=0)} tokens;"
-                f" PPO needs {self.config.prompts_per_iteration} of at least 1 token each"
+                f"iteration {iteration} has {len(lengths)} prompts, the shortest of {lengths.min(initial=0)}"
+                f" tokens; PPO needs {self.config.prompts_per_iteration} of at least 1 token each"
             )
         ids, lengths = self.place((np.asarray(prompts.ids, np.int32), lengths.astype(np.int32)))
         return prompts, self.sampler(params, ids, lengths, jax.random.fold_in(key, iteration))
 
     def normalise_rewards(self) -> None:
-        """Sets the reward models' shift and gain from the reference policy's samples; every process finds the same."""
+        """Sets the reward models' shift and gain from the reference policy's samples: a pure function."""
         if self.normalised:
             return
         self.normalised = True
@@ -223,7 +168,7 @@ class PPOLoop:
         ]
 
     def evaluate(self, params: Params, prompts: PromptBatch, key: Array, count: int) -> Metrics:
-        """Mean "reward" and "kl" (nats a completion, to the reference) of fresh samples, and every reward by itself.
+        """Mean "reward" and "kl" (nats a completion, to the reference) of fresh samples, and each reward.
 
         prompts: as many as an iteration's, of which the first ``count`` are counted.
         """

@@ -1,17 +1,18 @@
 """What a completion is worth: rules written in Python, and a trained reward model.
 
-A reward is called as ``reward(prompts, completions, completion_ids, rows)`` and returns one number a completion, or
-None where it does not apply.  The four lists have one entry a completion:
+A reward is called as ``reward(prompts, completions, completion_ids, rows)`` and returns one number a
+completion, or None where it does not apply.  The four lists have one entry a completion:
 
 prompts, completions: decoded text, without control tokens.
 completion_ids: the sampled ids, the stop token included.
-rows: the other columns of the prompt's row, and always ``prompt_ids`` (list of int) and ``stopped`` (bool: the
-    completion ended with a stop token and was not cut off).
+rows: the other columns of the prompt's row, and always ``prompt_ids`` (list of int) and ``stopped`` (bool:
+    the completion ended with a stop token and was not cut off).
 """
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -40,10 +41,10 @@ class Reward(Protocol):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LengthReward:
-    """0 for a length between ``minimum`` and ``maximum``, falling linearly to -1 over ``ramp`` tokens outside.
+    """0 for a length between ``minimum`` and ``maximum``, falling to -1 over ``ramp`` tokens outside.
 
-    Lengths are in tokens, the stop token included.  ``minimum=0, maximum=L - c, ramp=c`` is DAPO's soft overlong
-    penalty for a limit L and a cache c (2503.14476, equation 13).
+    Lengths are in tokens, the stop token included.  ``minimum=0, maximum=L - c, ramp=c`` is DAPO's soft
+    overlong penalty for a limit L and a cache c (2503.14476, equation 13).
     """
 
     minimum: int = 0
@@ -70,8 +71,8 @@ class LengthReward:
 class FormatReward:
     """How much a completion looks like one sentence on one line: the share of six criteria that it meets.
 
-    It stopped by itself; it is one line; it starts with a capital letter; it ends with a full stop; it has between
-    ``min_words`` and ``max_words`` words; no word directly follows itself, whatever its case.
+    It stopped by itself; it is one line; it starts with a capital letter; it ends with a full stop; it has
+    between ``min_words`` and ``max_words`` words; no word directly follows itself, whatever its case.
     """
 
     min_words: int = 3
@@ -93,7 +94,7 @@ class FormatReward:
             "capital": text[:1].isupper(),
             "full_stop": text.endswith("."),
             "words": self.min_words <= len(words) <= self.max_words,
-            "no_repetition": bool(words) and all(a != b for a, b in zip(words, words[1:], strict=False)),
+            "no_repetition": bool(words) and all(a != b for a, b in itertools.pairwise(words)),
         }
 
     def __call__(self, prompts, completions, completion_ids, rows) -> list[float | None]:
@@ -114,9 +115,9 @@ def _scores_at(apply, params: Params, tokens: Tokens, last: jax.Array) -> jax.Ar
 class ModelReward:
     """A trained reward model's score of exactly the ids of prompt and completion, read at the last of them.
 
-    score = gain * (raw - shift): ``normalised`` sets both so that the samples of the policy that RL starts from
-    score 0 on average with standard deviation 1 (Ziegler et al., 1909.08593, section 2).  A completion that was cut
-    off is scored as it is, at its last token.
+    score = gain * (raw - shift): ``normalised`` sets both so that the samples of the policy that RL starts
+    from score 0 on average with standard deviation 1 (Ziegler et al., 1909.08593, section 2).  A completion
+    that was cut off is scored as it is, at its last token.
 
     model: with a reward head.  params: its parameters.
     length: tokens a row, the longest prompt and completion together.  batch_size: rows a forward pass.
@@ -149,7 +150,8 @@ class ModelReward:
         for i, row in enumerate(rows):
             if not 0 < len(row) <= self.length:
                 raise ValueError(
-                    f"row {i} has {len(row)} tokens of prompt and completion; the reward model reads 1 to {self.length}"
+                    f"row {i} has {len(row)} tokens of prompt and completion; the reward model reads 1 to"
+                    f" {self.length}"
                 )
         scores = []
         for start in range(0, len(rows), self.batch_size):
@@ -174,7 +176,7 @@ class ModelReward:
     def normalised(
         self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
     ) -> ModelReward:
-        """The same reward with shift and gain such that these completions have mean 0 and standard deviation 1.
+        """The same reward with shift and gain such that these completions have mean 0 and deviation 1.
 
         Raises ValueError if their scores are not finite or do not differ.
         """
@@ -182,8 +184,9 @@ class ModelReward:
         mean, deviation = float(raw.mean()), float(raw.std())
         if not (math.isfinite(mean) and deviation > 1e-6):
             raise ValueError(
-                f"cannot normalise the reward model: its scores of {len(raw)} samples have mean {mean} and standard"
-                f" deviation {deviation}; it needs finite scores that differ. Is it trained, and are there enough samples?"
+                f"cannot normalise the reward model: its scores of {len(raw)} samples have mean {mean} and"
+                f" standard deviation {deviation}; it needs finite scores that differ. Is it trained, and"
+                " are there enough samples?"
             )
         return dataclasses.replace(self, shift=mean, gain=1 / deviation)
 
@@ -193,7 +196,7 @@ class ModelReward:
 
 
 def reward_names(rewards: Sequence[Reward]) -> list[str]:
-    """A distinct name for each: its ``name``, or the name of its function or class, numbered where they repeat."""
+    """A distinct name for each: its ``name`` or its function's or class's, numbered where they repeat."""
     names: list[str] = []
     for reward in rewards:
         base = getattr(reward, "name", None) or getattr(reward, "__name__", None) or type(reward).__name__
@@ -212,11 +215,11 @@ def score_completions(
 ) -> tuple[np.ndarray, np.ndarray, dict[str, float]]:
     """The weighted sum of the rewards that apply to each completion.
 
-    Returns scores, float32 ``[B]``; applicable, bool ``[B]``: False where no reward applies (the score is then 0 and
-    the row must not be trained on); and metrics, ``rewards/<name>/mean`` and ``/std`` over the completions the reward
-    applies to, before its weight.
+    Returns scores, float32 ``[B]``; applicable, bool ``[B]``: False where no reward applies (the score is
+    then 0 and the row must not be trained on); and metrics, ``rewards/<name>/mean`` and ``/std`` over the
+    completions the reward applies to, before its weight.
 
-    Raises ValueError, naming the reward, for a wrong number of scores and for one that is NaN, infinite or no number.
+    Raises ValueError, naming the reward, for a wrong number of scores and for one that is not finite.
     """
     if len(rewards) != len(weights) or not rewards:
         raise ValueError(
@@ -229,8 +232,8 @@ def score_completions(
         scores = list(reward(prompts, completions, completion_ids, rows))
         if len(scores) != len(completions):
             raise ValueError(
-                f"the reward {name} returned {len(scores)} scores for {len(completions)} completions; it must return"
-                " one for each (None where it does not apply)"
+                f"the reward {name} returned {len(scores)} scores for {len(completions)} completions; it"
+                " must return one for each (None where it does not apply)"
             )
         valid = []
         for i, score in enumerate(scores):
@@ -242,8 +245,8 @@ def score_completions(
                 number = math.nan
             if not math.isfinite(number):
                 raise ValueError(
-                    f"the reward {name} returned {score!r} for row {i}; a score must be a finite number, or None where"
-                    f" the reward does not apply. The completion: {completions[i]!r}"
+                    f"the reward {name} returned {score!r} for row {i}; a score must be a finite number, or"
+                    f" None where the reward does not apply. The completion: {completions[i]!r}"
                 )
             valid.append(number)
             total[i] += weight * number

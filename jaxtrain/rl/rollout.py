@@ -1,8 +1,8 @@
 """From sampled ids to the rows a policy-gradient update reads, and the gate between sampler and trainer.
 
-B rows, P prompt slots, N sampled tokens at most, T = P + N.  A row is padding, prompt, completion, padding.  Position
-t reads id t and is about the action ``targets[t]``, the id after it; so the actions of a completion of n tokens
-stand at positions P - 1 to P + n - 2, and position P + n - 1 has read the whole of it.
+B rows, P prompt slots, N sampled tokens at most, T = P + N.  A row is padding, prompt, completion, padding.
+Position t reads id t and is about the action ``targets[t]``, the id after it; so the actions of a completion
+of n tokens stand at positions P - 1 to P + n - 2, and position P + n - 1 has read the whole of it.
 """
 
 from __future__ import annotations
@@ -13,11 +13,14 @@ from functools import partial
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxtrain.generate.decode import Generated, make_generator
 from jaxtrain.generate.sampling import Sampling
-from jaxtrain.objectives.common import token_logps
+from jaxtrain.objectives.common import kl_estimate, token_logps, weighted_total
+from jaxtrain.rl.advantages import end_scores, gae, token_rewards, whiten
+from jaxtrain.rl.config import PPOConfig
 from jaxtrain.types import Array, Params, Rollout, Tokens
 
 Place = Callable[[Any], Any]  # puts a pytree of NumPy arrays on the devices
@@ -48,15 +51,17 @@ def fetch(array: Array) -> np.ndarray:
 def make_sampler(model: Any, sampling: Sampling, max_new_tokens: int) -> Callable[..., Generated]:
     """``make_generator`` for samples to train on: refuses, with ValueError, what the trainer could not score.
 
-    The trainer's log-probabilities are those of the whole softmax at the sampling temperature; ids that top-k or
-    top-p exclude would have probability 0 in the one and not in the other, and greedy decoding has no distribution.
+    The trainer's log-probabilities are those of the whole softmax at the sampling temperature; ids that top-k
+    or top-p exclude would have probability 0 in the one and not in the other, and greedy decoding has no
+    distribution.
     """
     if sampling.temperature == 0:
         raise ValueError("cannot train on greedy samples (temperature 0): set a temperature above 0")
     if sampling.filters:
         raise ValueError(
-            f"cannot train on samples of top_k={sampling.top_k}, top_p={sampling.top_p}: the update's probability"
-            " ratios would be taken against another distribution than the one sampled from. Use top_k=0 and top_p=1"
+            f"cannot train on samples of top_k={sampling.top_k}, top_p={sampling.top_p}: the update's"
+            " probability ratios would be taken against another distribution than the one sampled from. Use"
+            " top_k=0 and top_p=1"
         )
     return make_generator(model, sampling, max_new_tokens)
 
@@ -97,10 +102,10 @@ def score(
     rows: int,
     place: Place = lambda batch: batch,
 ) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """The model's log-probabilities of the sampled tokens, 0 elsewhere, and its values, each float32 ``[B, T]``.
+    """The model's log-probabilities of the sampled tokens, 0 elsewhere, and its values: float32 ``[B, T]``.
 
-    ``rows`` at a time: give the update's minibatch, so that old and new log-probabilities come from programs of the
-    same shapes.  None for a head the model lacks.
+    ``rows`` at a time: give the update's minibatch, so that old and new log-probabilities come from programs
+    of the same shapes.  None for a head the model lacks.
     """
     parts = [
         _score(model.apply, temperature, params, place(take_rows(tokens, chunk, rows)))
@@ -147,10 +152,67 @@ def check_gate(mean: float, maximum: float, threshold: float) -> None:
     if mean <= threshold:
         return
     raise ValueError(
-        f"sampler and trainer disagree on the log-probabilities of the first rollout: {mean:.3g} nats a token on"
-        f" average, at most {maximum:.3g}, above gate_threshold={threshold:g}. Probability ratios would be wrong from"
-        " the first update on. Likely causes: another temperature, or top-k or top-p, in one of the two; parameters or"
-        " a cached prefix that are not the trainer's current ones; wrong positions or visible padding; ids that were"
-        " decoded and encoded again; bfloat16 or a lower matmul precision in one of the two (float32 differs by about"
-        " 1e-6, bfloat16 by about 1e-2: only there may the threshold be raised)"
+        f"sampler and trainer disagree on the log-probabilities of the first rollout: {mean:.3g} nats a"
+        f" token on average, at most {maximum:.3g}, above gate_threshold={threshold:g}. Probability ratios"
+        " would be wrong from the first update on. Likely causes: another temperature, or top-k or top-p,"
+        " in one of the two; parameters or a cached prefix that are not the trainer's current ones; wrong"
+        " positions or visible padding; ids that were decoded and encoded again; bfloat16 or a lower matmul"
+        " precision in one of the two (float32 differs by about 1e-6, bfloat16 by about 1e-2: only there"
+        " may the threshold be raised)"
     )
+
+
+@partial(jax.jit, static_argnames="config")
+def estimate_advantages(
+    config: PPOConfig,
+    scores: Array,
+    stopped: Array,
+    weights: Array,
+    old_logps: Array,
+    reference_logps: Array,
+    values: Array,
+    end_values: Array,
+    kl_coef: Array,
+) -> tuple[Array, Array, dict[str, Array]]:
+    """Advantages and returns, ``[B, T]``, and the ``objective/`` metrics, means over the trained rows.
+
+    scores, stopped, end_values: ``[B]``, the last being the critic's value once the whole completion is read.
+    weights, old_logps, reference_logps, values: ``[B, T]``.
+    """
+    in_reward = config.kl_placement == "reward"
+    marked = end_scores(
+        scores,
+        stopped,
+        missing_eos_penalty=config.missing_eos_penalty,
+        missing_eos_score=config.missing_eos_score,
+    )
+    rewards, mask = token_rewards(
+        marked,
+        old_logps,
+        reference_logps,
+        weights,
+        kl_coef=kl_coef if in_reward else 0.0,
+        kl_estimator=config.kl_estimator,
+    )
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    bootstrap = jnp.where(stopped, 0.0, end_values) if config.truncation == "bootstrap" else None
+    advantages, returns = gae(rewards, values, mask, gamma=config.gamma, lam=config.lam, bootstrap=bootstrap)
+    if config.whiten_advantages:
+        advantages = whiten(advantages, mask)
+
+    trained_B = (weights.sum(axis=1) > 0).astype(jnp.float32)
+    kl_B = weighted_total(kl_estimate(old_logps, reference_logps, config.kl_estimator), weights, axis=1)
+    penalty_B = kl_coef * kl_B if in_reward else jnp.zeros_like(kl_B)
+
+    def mean(x_B):
+        return weighted_total(x_B, trained_B) / jnp.maximum(trained_B.sum(), 1.0)
+
+    metrics = {
+        "objective/scores": mean(marked),
+        "objective/kl": mean(kl_B),
+        "objective/non_score_reward": -mean(penalty_B),
+        "objective/rlhf_reward": mean(marked - penalty_B),
+        "objective/entropy": -mean(weighted_total(old_logps, weights, axis=1)),
+    }
+    return advantages, returns, metrics

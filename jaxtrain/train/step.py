@@ -96,7 +96,7 @@ def make_train_step(
         loss, grads = loss_and_grads(apply, objective, state.params, batch, rng, accumulate)
 
         per_weight = jnp.where(loss.weight != 0, 1 / jnp.where(loss.weight != 0, loss.weight, 1), 0.0)
-        grad_norm = optax.global_norm(grads) * per_weight
+        grad_norm = optax.tree.norm(grads) * per_weight
         clip = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
         grads = jax.tree.map(lambda g, p: (g * (per_weight * clip)).astype(p.dtype), grads, state.params)
 

@@ -37,7 +37,9 @@ def params(model):
 
 @pytest.fixture(scope="module")
 def teacher_forced(model):
-    """Log-probabilities and logits of every completion from one forward pass without a cache, padded on the right."""
+    """Log-probabilities and logits of every completion from one forward pass without a cache, padded on the
+    right.
+    """
 
     @jax.jit
     def forward(params, tokens, temperature):

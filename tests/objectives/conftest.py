@@ -93,7 +93,9 @@ def pad(batch, left=0, right=0):
         return dataclasses.replace(
             batch, chosen=pad(batch.chosen, left, right), rejected=pad(batch.rejected, left, right)
         )
-    floats = {f.name: columns(getattr(batch, f.name), 1e4) for f in dataclasses.fields(Rollout)[1:]}
+    rubbish = dict.fromkeys(("old_logps", "reference_logps"), -np.inf)
+    names = [field.name for field in dataclasses.fields(Rollout)[1:]]
+    floats = {name: columns(getattr(batch, name), rubbish.get(name, 1e4)) for name in names}
     return Rollout(tokens=pad(batch.tokens, left, right), **floats)
 
 

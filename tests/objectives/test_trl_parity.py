@@ -129,7 +129,7 @@ def ours(tensors):
 
 
 def shifted(ids, valid, trained) -> Tokens:
-    """Rows as TRL collates them, ``[B, T + 1]``, as ours ``[B, T + 1]``: the last position predicts nothing."""
+    """Rows as TRL collates them, ``[B, T]``, as ours ``[B, T]``: the last position predicts nothing."""
     ids, valid, trained = (np.asarray(x).astype(np.int32) for x in (ids, valid, trained))
 
     def following(x):

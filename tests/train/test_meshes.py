@@ -1,0 +1,89 @@
+"""Sharding (T6): the same loss and gradients on one device and on every mesh of eight."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec
+
+from jaxtrain.sharding import MeshConfig, make_mesh, param_shardings, put_batch
+from jaxtrain.train.step import loss_and_grads
+
+MESHES = {
+    "data8": MeshConfig(data=8),
+    "fsdp2-data4": MeshConfig(fsdp=2, data=4),
+    "tensor8": MeshConfig(tensor=8),
+    "fsdp2-tensor4": MeshConfig(fsdp=2, tensor=4),
+    "context2-data4": MeshConfig(context=2, data=4),
+}
+WARNING = "Involuntary full rematerialization"
+
+
+NAMES = ("LM", "SFT", "RewardModel", "DPO", "PPOPolicy", "PPOCritic")
+
+
+@pytest.fixture(scope="module")
+def compute(tools):
+    """mesh config -> {objective: (Loss, gradients)} as NumPy, and what the compiler said.
+
+    One program for all objectives of a mesh: most of the time goes into compiling.
+    """
+    model = tools.model()
+    params, done = tools.params(model), {}
+    batches = {name: tools.batch(tools.objectives[name]) for name in NAMES}
+
+    def all_of_them(params, batches, rng):
+        return {
+            name: loss_and_grads(model.apply, tools.objectives[name], params, batch, rng)
+            for name, batch in batches.items()
+        }
+
+    def run(config, capfd):
+        if config in done:
+            return done[config]
+        mesh = make_mesh(config)
+        shardings = param_shardings(model.axes, params, mesh, model.rules)
+        function = jax.jit(
+            all_of_them,
+            out_shardings={name: (None, shardings) for name in NAMES},
+            compiler_options=tools.fast,
+        )
+        capfd.readouterr()
+        with jax.set_mesh(mesh):
+            placed = {name: put_batch(batch, mesh) for name, batch in batches.items()}
+            found = function(jax.device_put(params, shardings), placed, jax.random.key(0))
+        done[config] = jax.device_get(found), capfd.readouterr().err
+        return done[config]
+
+    return run
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("mesh", MESHES.values(), ids=MESHES)
+def test_one_device_equals_eight(mesh, name, compute, tools, capfd):
+    one_loss, one_grads = compute(MeshConfig(), capfd)[0][name]
+    found, said = compute(mesh, capfd)
+    assert WARNING not in said
+    loss, grads = found[name]
+    assert one_loss.weight > 0
+    tools.assert_close((loss.total, loss.weight), (one_loss.total, one_loss.weight))
+    tools.assert_close(grads, one_grads)
+    for metric, found in loss.metrics.items():
+        tools.assert_close(found, one_loss.metrics[metric])
+
+
+def test_the_compilers_warning_would_be_seen(capfd):
+    """The positive control of the test above: the gradient of a lookup in a table that is split by width."""
+    pin = jax.lax.with_sharding_constraint
+    rows, width = PartitionSpec(("data", "fsdp")), PartitionSpec(None, "fsdp")
+
+    def total(table):
+        ids = pin(jnp.arange(64).reshape(8, 8) % 3, rows)
+        return jnp.sum(jnp.sin(pin(jnp.take(table, ids, axis=0), rows)))
+
+    with jax.set_mesh(make_mesh(MeshConfig(data=4, fsdp=2))):
+        function = jax.jit(lambda table: pin(jax.grad(total)(pin(table, width)), width))
+        function(np.ones((16, 16), np.float32)).block_until_ready()
+    assert WARNING in capfd.readouterr().err
