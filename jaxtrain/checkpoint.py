@@ -70,6 +70,14 @@ def digests(tree: Any) -> dict[str, str]:
     return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in zip(paths, sums, strict=True)}
 
 
+def shapes(tree: Any) -> dict[str, str]:
+    """path -> ``float32[16,8]``, for arrays and ShapeDtypeStructs."""
+    return {
+        path_name(path): f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
 def diff(want: Any, found: Any, where: str = "") -> list[str]:
     """Human-readable differences between two JSON trees."""
     if isinstance(want, dict) and isinstance(found, dict):
@@ -115,7 +123,9 @@ class Checkpoints:
                 f"{free / 1e6:.1f} MB are free; make room and run the same command again to continue from "
                 f"step {max(self.steps(), default=0)}"
             )
-        meta = {**meta, "step": step, "digests": {name: digests(tree) for name, tree in trees.items()}}
+        kinds = {name: shapes(tree) for name, tree in trees.items()}
+        sums = {name: digests(tree) for name, tree in trees.items()}
+        meta = {**meta, "step": step, "shapes": kinds, "digests": sums}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         self._guard(self._manager.save, step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
 
@@ -154,10 +164,9 @@ class Checkpoints:
         """
         saved = self.meta(step)
         for name, target in targets.items():
-            paths = {path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(target)}
-            lines = diff({p: "an array" for p in paths}, {p: "an array" for p in saved["digests"].get(name, {})})
+            lines = diff(shapes(target), saved["shapes"].get(name, {}))
             if lines:
-                raise CheckpointError(f"checkpoint {self.directory / str(step)} is of another model: {lines[:5]}")
+                raise CheckpointError(f"checkpoint {self.directory / str(step)} is of another model: {'; '.join(lines[:5])}")
         items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         try:
             trees = self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -155,10 +155,10 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, opened):
     checkpoints.save(1, trees, META)
     checkpoints.wait()
     more = {**trees, "params": {**trees["params"], "lm_head": trees["params"]["embed"]}}
-    with pytest.raises(CheckpointError, match=r"of another model: \['lm_head: expected an array, found \(absent\)'\]"):
+    with pytest.raises(CheckpointError, match=r"of another model: lm_head: expected float32\[16,8\], found \(absent\)"):
         checkpoints.restore(1, targets_of(more))
     wider = put(make_trees(size=32), MeshConfig())
-    with pytest.raises(CheckpointError, match=r"checkpoint .*1 cannot be restored here: (.|\n)*params.*embed"):
+    with pytest.raises(CheckpointError, match=r"checkpoint .*1 is of another model: embed: expected float32\[32,8\], found float32\[16,8\]"):
         checkpoints.restore(1, targets_of(wider))
 
 

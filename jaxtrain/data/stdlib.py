@@ -56,6 +56,16 @@ class Docstring:
     end: int
 
     @property
+    def heading(self) -> str:
+        """The title, and below it the words of the name: ``os.path.isfile(path)``, ``os path isfile``.
+
+        A tokenizer spells ``get_content`` and ``the content`` with different ids; a model of a few million
+        parameters finds the one in the other only where they are the same.
+        """
+        words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|[0-9]+", self.name)
+        return f"{self.title}\n{' '.join(dict.fromkeys(word.lower() for word in words))}"
+
+    @property
     def summary(self) -> str:
         return first_sentence(self.text)
 
@@ -184,7 +194,7 @@ def without_heldout(module: Module) -> str:
 class StdlibText:
     """Text of the standard library.
 
-    domain: 'prose' is docstrings, each under its qualified name and signature, and ``pydoc_data``'s pages;
+    domain: 'prose' is docstrings, each under its qualified name, signature and words of the name, and ``pydoc_data``'s pages;
         'code' is the sources of the modules.
     """
 
@@ -205,7 +215,7 @@ class StdlibText:
                 # The same text again is an override that inherits its description: one copy is enough.
                 if docstring.text not in seen and docstring.split == split and docstring.text:
                     seen.add(docstring.text)
-                    yield f"{docstring.title}\n\n{docstring.text}"
+                    yield f"{docstring.heading}\n\n{docstring.text}"
         for page in topics():
             if split_of(page, HELDOUT_FRACTION) == split:
                 yield page
@@ -234,7 +244,7 @@ def _descriptions() -> tuple[_Description, ...]:
             if docstring.kind == "module" or not _MIN_WORDS <= len(sentence.split()) <= _MAX_WORDS:
                 continue
             instruction = _INSTRUCTIONS[hash_int(docstring.title) % len(_INSTRUCTIONS)]
-            prompt = f"{instruction}\n{docstring.title}"
+            prompt = f"{instruction}\n{docstring.heading}"
             if prompt in prompts or sentence in sentences:
                 continue
             prompts.add(prompt)
@@ -255,8 +265,8 @@ def _select(row: Row, columns: Sequence[str]) -> Row:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StdlibInstructions:
-    """Instruction, input, output: prompt = one of a few instructions + newline + name and signature of a
-    class or function; completion = the first sentence of its docstring.
+    """Instruction, input, output: prompt = one of a few instructions, below it name and signature of a
+    class or function and the words of its name; completion = the first sentence of its docstring.
     """
 
     def rows(self, split: str, columns: Sequence[str] = ()) -> Iterator[Row]:

@@ -86,11 +86,11 @@ class ByteLoss:
 
 
 def make_eval_step(apply: Apply, objective: Any) -> Callable[[Params, Any], dict[str, Sum]]:
-    """``step(params, batch) -> metrics`` as sums; "loss" is the objective itself."""
+    """``step(params, batch) -> metrics`` as sums; "loss" is the objective where it has no metric of that name."""
 
     def step(params: Params, batch: Any) -> dict[str, Sum]:
         loss = objective(apply, params, batch, None)
-        return {**loss.metrics, "loss": Sum(loss.total, loss.weight)}
+        return {"loss": Sum(loss.total, loss.weight), **loss.metrics}
 
     return jax.jit(step)
 

@@ -59,13 +59,13 @@ class DecoderConfig:
     param_dtype: str = "float32"
 
     def __post_init__(self):
+        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff", "max_positions"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.head_dim == 0:
             if self.d_model % self.num_heads:
                 raise ValueError(f"d_model={self.d_model} is not a multiple of num_heads={self.num_heads}")
             object.__setattr__(self, "head_dim", self.d_model // self.num_heads)
-        for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff", "max_positions"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, found {getattr(self, name)}")
         if self.num_heads % self.num_kv_heads:
             raise ValueError(f"num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
         if self.head_dim % 2:

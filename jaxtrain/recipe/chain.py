@@ -22,11 +22,14 @@ from jaxtrain.recipe.samples import take_samples
 from jaxtrain.recipe.supervised import SupervisedJob
 from jaxtrain.recipe.workspace import claim_folder, hash_json, locked, read_json, stage_folder, write_json
 from jaxtrain.report import write_report
-from jaxtrain.sharding import make_mesh
+from jaxtrain.sharding import batch_sharding, make_mesh, ways
 from jaxtrain.train.metrics import read_rows
-from jaxtrain.train.state import init_params
+from jaxtrain.train.state import abstract_params, init_params
 
 Summary = list[dict[str, Any]]
+# Where and how safely a stage runs, not what it computes (but for the order in which floats are added): no part of
+# its hash, so that a run stopped on one machine continues on another.
+PLACEMENT = ("mesh", "checkpoint_every", "keep", "max_skipped")
 
 
 def run_recipe(
@@ -36,6 +39,8 @@ def run_recipe(
 
     config_text: the resolved gin, kept as ``config.gin``.  say: prints a line for the user.
     """
+    for stage in recipe.stages:
+        _check_mesh(stage)
     with locked(out):
         (out / "config.gin").write_text(config_text, encoding="utf-8")
         write_json(out / "config.json", to_json(recipe))
@@ -54,12 +59,33 @@ def run_recipe(
         return summary, failures
 
 
+def _check_mesh(stage: Any) -> None:
+    """Raises ValueError for a mesh that the machine, the batches or the parameters do not fit: before any training, not
+    when the stage's turn has come."""
+    mesh = make_mesh(stage.mesh)
+    axes = batch_sharding(mesh).spec[0]
+    if isinstance(stage, PPOStage):
+        models = (stage.model, stage.critic)
+        sizes = {f"ppo.{name}": getattr(stage.ppo, name) for name in ("prompts_per_iteration", "minibatch_size")}
+    else:
+        models, sizes = (stage.model,), {"batch_size": stage.batch_size}
+    for name, size in sizes.items():
+        if size % ways(mesh, axes):
+            raise ValueError(
+                f"stage {stage.name}: {name}={size} is not divisible by the {ways(mesh, axes)} devices of the mesh's row "
+                f"axes {axes}; make it a multiple of {ways(mesh, axes)}"
+            )
+    for model in models:
+        if model is not None:
+            abstract_params(build_model(model), mesh)
+
+
 def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
     job = (PPOJob if isinstance(stage, PPOStage) else SupervisedJob)(runtime, stage)
     for parent in job.parents():
         runtime.check_tokenizer(parent)
     inputs = {
-        "config": to_json(stage),
+        "config": {name: value for name, value in to_json(stage).items() if name not in PLACEMENT},
         "seed": runtime.recipe.seed,
         "samples": to_json(runtime.recipe.samples),
         "data": job.data_fingerprint(),
@@ -116,8 +142,8 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
         "parameters": job.model.num_params(),
         "evaluation": [
-            {**after_row, "before": before_row["value"], "after": after_row.pop("value")}
-            for before_row, after_row in zip(before, after, strict=True)
+            {name: row[name] for name in ("metric", "better", "required")} | {"before": old["value"], "after": row["value"]}
+            for old, row in zip(before, after, strict=True)
         ],
         "environment": environment(),
     }

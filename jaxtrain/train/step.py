@@ -83,8 +83,8 @@ def make_train_step(
 
     learning_rate: schedule over applied updates, for the metrics only.
     mesh, shardings: where the state lives; the result stays there.
-    metrics: float32 scalars: every metric of the objective divided by its own weight, "loss", "weight" (tokens or
-        pairs behind the loss), "grad_norm" (before clipping), "skipped", "streak", and "learning_rate".
+    metrics: float32 scalars: every metric of the objective divided by its own weight, "loss" (what is minimised,
+        where the objective has no metric of that name), "weight" (tokens or pairs behind it), "grad_norm" (before clipping), "skipped", "streak", and "learning_rate".
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, found {accumulate}")
@@ -115,9 +115,9 @@ def make_train_step(
             params=params,
             opt_state=opt_state,
         )
-        metrics = {name: divide(metric) for name, metric in loss.metrics.items()}
-        metrics |= {
-            "loss": divide(Sum(loss.total, loss.weight)),
+        # An objective's own "loss" (such as LM's, without its z-loss) stays: it is the one to compare runs by.
+        metrics = {"loss": Sum(loss.total, loss.weight), **loss.metrics}
+        metrics = {name: divide(metric) for name, metric in metrics.items()} | {
             "weight": loss.weight,
             "grad_norm": grad_norm,
             "skipped": new_state.skipped.astype(jnp.float32),
