@@ -9,7 +9,7 @@ from typing import Any
 from jaxtrain.data.datasets import InstructionDataset, PairDataset, PromptDataset, TextDataset
 from jaxtrain.data.sources import JsonLines, JsonLinesText, TextFiles
 from jaxtrain.data.stdlib import StdlibInstructions, StdlibPairs, StdlibPrompts, StdlibText
-from jaxtrain.data.tokenizer import SentencePieceBPE
+from jaxtrain.data.tokenizer import SavedTokenizer, SentencePieceBPE
 from jaxtrain.evaluate.heldout import BitsPerByte, HeldOut, Measure
 from jaxtrain.models import DecoderConfig, Rope
 from jaxtrain.objectives import DPO, LM, OBJECTIVES, SFT, PPOCritic, PPOPolicy, PPOShared, RewardModel
@@ -210,11 +210,12 @@ class Samples:
 class Recipe:
     """A tokenizer and a chain of stages.
 
+    tokenizer: trained on the sources it names, or saved by another run.
     seed: of parameters, data order, dropout and sampling, in every stage.
     title: at the head of the report.
     """
 
-    tokenizer: SentencePieceBPE
+    tokenizer: SentencePieceBPE | SavedTokenizer
     stages: tuple[Any, ...]
     samples: Samples = Samples()
     seed: int = 0
@@ -259,7 +260,7 @@ CONFIGURABLES: tuple[type, ...] = (
     *SCHEDULES.values(),
     *(TextDataset, InstructionDataset, PairDataset, PromptDataset),
     *(TextFiles, JsonLinesText, JsonLines, StdlibText, StdlibInstructions, StdlibPairs, StdlibPrompts),
-    SentencePieceBPE,
+    *(SentencePieceBPE, SavedTokenizer),
     *(FormatReward, LengthReward),
     *(HeldOut, BitsPerByte, Measure),
 )

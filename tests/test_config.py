@@ -1,4 +1,4 @@
-"""The checks of a recipe: what contradicts itself is refused when it is read, with the names of both sides."""
+"""The checks of a recipe: what contradicts itself is refused when it is read, naming both sides."""
 
 from __future__ import annotations
 
@@ -45,7 +45,9 @@ def ppo_stage(**changes):
 
 
 def recipe(*stages, vocab_size=300, **settings):
-    return Recipe(tokenizer=SentencePieceBPE(vocab_size=vocab_size, sources=(TEXT,)), stages=stages, **settings)
+    return Recipe(
+        tokenizer=SentencePieceBPE(vocab_size=vocab_size, sources=(TEXT,)), stages=stages, **settings
+    )
 
 
 @pytest.mark.smoke
@@ -75,10 +77,16 @@ PAIRS, INSTRUCTIONS = PairDataset(source=ROWS, seq_len=32), InstructionDataset(s
         ({"keep": 0}, "Stage.keep is 0"),
         ({"max_skipped": 0}, "Stage.max_skipped is 0"),
         ({"accumulate": 3}, "stage lm: batch_size=4 is not divisible by accumulate=3"),
-        ({"data": PAIRS}, "stage lm: the objective LM reads the batches of TextDataset or Instruction.*PairDataset"),
+        (
+            {"data": PAIRS},
+            "stage lm: the objective LM reads the batches of TextDataset or Instruction.*PairDataset",
+        ),
         ({"objective": SFT()}, "SFT reads the batches of InstructionDataset, but data is TextDataset"),
         ({"objective": DPO()}, "DPO reads the batches of PairDataset, but data is TextDataset"),
-        ({"data": TextDataset(source=TEXT, seq_len=65)}, "sequences of up to 65 tokens, .* max_positions is 64; raise"),
+        (
+            {"data": TextDataset(source=TEXT, seq_len=65)},
+            "sequences of up to 65 tokens, .* max_positions is 64; raise",
+        ),
         ({"reference": "x"}, "reference='x', but LM has no reference"),
     ],
     ids=str,
@@ -98,8 +106,14 @@ def test_stages_that_contradict_themselves(changes, message):
             "ppo.critic is 'shared', so critic and its settings must be None",
         ),
         ({"rewards": ()}, "stage ppo: there is neither a reward_model nor any rewards"),
-        ({"ppo": dataclasses.replace(PPO, max_new_tokens=49)}, "up to 65 tokens, but the model's max_positions is 64"),
-        ({"critic": dataclasses.replace(CRITIC, max_positions=16)}, "up to 24 tokens, .* max_positions is 16"),
+        (
+            {"ppo": dataclasses.replace(PPO, max_new_tokens=49)},
+            "up to 65 tokens, but the model's max_positions is 64",
+        ),
+        (
+            {"critic": dataclasses.replace(CRITIC, max_positions=16)},
+            "up to 24 tokens, .* max_positions is 16",
+        ),
         ({"objective": PPOShared()}, "needs the objective PPOPolicy; found PPOShared"),
         ({"evaluation_prompts": -1}, "PPOStage.evaluation_prompts is -1"),
     ],
@@ -116,14 +130,26 @@ def test_recipes_that_contradict_themselves(tmp_path):
         ((MODEL,), {}, "Recipe.stages holds a DecoderConfig; only Stage and PPOStage are stages"),
         ((stage(), stage()), {}, "two stages are called 'lm'"),
         ((stage(),), {"vocab_size": 301}, "the model's vocab_size=300 is smaller than the tokenizer's 301"),
-        ((stage(), ppo_stage(critic=dataclasses.replace(CRITIC, vocab_size=290))), {}, "the critic's vocab_size=290"),
-        ((stage(init="b"),), {}, r"stage lm starts from 'b', which is neither an earlier stage \(there is none\)"),
+        (
+            (stage(), ppo_stage(critic=dataclasses.replace(CRITIC, vocab_size=290))),
+            {},
+            "the critic's vocab_size=290",
+        ),
+        (
+            (stage(init="b"),),
+            {},
+            r"stage lm starts from 'b', which is neither an earlier stage \(there is none\)",
+        ),
         ((stage(init="b"), stage(name="b")), {}, "it comes later in the chain"),
-        ((stage(), ppo_stage(reward_model="lm")), {}, r"reward_model='lm' has the heads \('lm',\), no 'reward'"),
+        (
+            (stage(), ppo_stage(reward_model="lm")),
+            {},
+            r"reward_model='lm' has the heads \('lm',\), no 'reward'",
+        ),
         ((stage(),), {"seed": -1}, "Recipe.seed is -1"),
     ]:
         with pytest.raises(ValueError, match=message):
             recipe(*stages, **settings)
     recipe(stage(init=str(tmp_path)))  # the folder of another run's stage
-    with pytest.raises(ValueError, match="Samples.top is 0"):
+    with pytest.raises(ValueError, match=r"Samples\.top is 0"):
         Samples(top=0)

@@ -142,6 +142,7 @@ def test_json_lines_of_text_as_own_base_says(own_data):
     assert json.loads(Path("runs/lines/summary.json").read_text())[0]["stage"] == "pretrain"
 
 
+@pytest.mark.slow
 def test_the_example_lowers_its_loss(capsys, monkeypatch):
     (example,) = blocks("python")
     assert len(example.splitlines()) <= 40

@@ -243,3 +243,17 @@ class SentencePieceBPE:
         tokenizer = Tokenizer(model.getvalue())
         tokenizer.save(directory)
         return tokenizer
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SavedTokenizer:
+    """A tokenizer that is there already, so that a run can start from another run's checkpoint.
+
+    directory: a ``tokenizer`` folder, as a run and each of its stages have one.
+    """
+
+    directory: str
+
+    @property
+    def vocab_size(self) -> int:
+        return Tokenizer.load(self.directory).vocab_size

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from jaxtrain.checkpoint import read_meta
-from jaxtrain.config import PPOStage, Recipe
+from jaxtrain.config import PPOStage, Recipe, Samples
 from jaxtrain.config_json import to_json
 from jaxtrain.data.datasets import TextDataset
 from jaxtrain.models import build_model
@@ -122,11 +122,10 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
         write_json(job.folder / "before.json", before)
     params = job.train(meta)
     after = job.figures(params)
-    if "lm" in stage.model.heads:
-        samples = take_samples(
-            stage.name, job.model, params, runtime.tokenizer, runtime.recipe.samples, chat=chat
-        )
-        write_json(job.folder / "samples.json", samples)
+    # A reward model cannot write.
+    wanted = runtime.recipe.samples if "lm" in stage.model.heads else Samples()
+    samples = take_samples(stage.name, job.model, params, runtime.tokenizer, wanted, chat=chat)
+    write_json(job.folder / "samples.json", samples)
 
     rows = read_rows(job.folder / "metrics.jsonl")
     speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]

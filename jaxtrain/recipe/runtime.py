@@ -16,7 +16,7 @@ from jaxtrain.checkpoint import load_params, read_meta
 from jaxtrain.config import DecoderConfig, Recipe, Rope
 from jaxtrain.config_json import from_json, to_json
 from jaxtrain.data.datasets import Prepared
-from jaxtrain.data.tokenizer import SentencePieceBPE, Tokenizer
+from jaxtrain.data.tokenizer import SavedTokenizer, SentencePieceBPE, Tokenizer
 from jaxtrain.models import Model, build_model
 from jaxtrain.recipe.workspace import code_version, hash_json, read_json, stage_folder, write_json
 from jaxtrain.sharding import path_name
@@ -52,13 +52,18 @@ class Runtime:
     def code_version(self) -> str:
         return code_version()
 
-    def _tokenizer(self, config: SentencePieceBPE) -> Tokenizer:
+    def _tokenizer(self, config: SentencePieceBPE | SavedTokenizer) -> Tokenizer:
+        folder = self.out / "tokenizer"
+        if isinstance(config, SavedTokenizer):
+            tokenizer = Tokenizer.load(config.directory)
+            tokenizer.save(folder)
+            write_json(self.out / "tokenizer.json", {"hash": tokenizer.digest})
+            return tokenizer
         texts = hashlib.sha256()
         for source in config.sources:
             for document in source.documents("train"):
                 texts.update(hashlib.sha256(document.encode()).digest())
         key = hash_json({"config": to_json(config), "texts": texts.hexdigest()})
-        folder = self.out / "tokenizer"
         if read_json(self.out / "tokenizer.json") == {"hash": key}:
             self.say("tokenizer: unchanged")
             return Tokenizer.load(folder)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 UNTRAINED = "untrained"
+SUPERSEDED = "superseded"  # what stages made of other inputs
 STAGE_FILES = ("metrics.jsonl", "result.json", "samples.json")
 
 
@@ -133,7 +134,7 @@ def read_run(directory: Path | str) -> Run:
     summary = [row for row in reader.json(root / "summary.json", list) if isinstance(row, dict)]
     config = reader.text(root / "config.gin") or ""
     folders = (
-        sorted(p for p in (root / "stages").iterdir() if p.is_dir()) if (root / "stages").is_dir() else []
+        sorted(p for p in (root / "stages").iterdir() if p.is_dir() and p.name != SUPERSEDED) if (root / "stages").is_dir() else []
     )
     found = {folder.name: reader.stage(folder) for folder in folders}
     untrained = found.pop(UNTRAINED, None)

@@ -60,7 +60,7 @@ def test_many_small_terms_are_added_in_double_precision():
 
 
 def test_directions_are_checked():
-    with pytest.raises(ValueError, match="Measure.better is 'up'"):
+    with pytest.raises(ValueError, match=r"Measure\.better is 'up'"):
         Measure(metric="loss", label="x", better="up")
-    with pytest.raises(ValueError, match="BitsPerByte.better is 'down'"):
+    with pytest.raises(ValueError, match=r"BitsPerByte\.better is 'down'"):
         BitsPerByte(label="x", better="down")

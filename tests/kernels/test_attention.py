@@ -70,9 +70,12 @@ def inputs(case, seed=0):
     if case.T > 1:
         q_segments = q_segments.copy()
         q_segments[1, 0], q_segments[2, -1] = 0, 7  # padding, and a segment that no key has
-    return (q, k, v), dict(
-        q_positions=q_positions, k_positions=k_positions, q_segments=q_segments, k_segments=k_segments
-    )
+    return (q, k, v), {
+        "q_positions": q_positions,
+        "k_positions": k_positions,
+        "q_segments": q_segments,
+        "k_segments": k_segments,
+    }
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -98,7 +101,8 @@ def test_gradients_match_differences_of_the_definition():
     for which in range(3):
         direction = rng.normal(size=arrays[which].shape)
         shifted = [
-            total([x + (sign * 1e-5 * direction if i == which else 0) for i, x in enumerate(arrays)]) for sign in (1, -1)
+            total([x + (sign * 1e-5 * direction if i == which else 0) for i, x in enumerate(arrays)])
+            for sign in (1, -1)
         ]
         difference = (shifted[0] - shifted[1]) / 2e-5
         assert np.sum(grads[which] * direction) == pytest.approx(difference, rel=1e-4)
@@ -146,7 +150,11 @@ def test_shapes_that_do_not_fit_are_named():
         ((q, k, v), {"backend": "flash"}, "attention backend 'flash' is unknown"),
         ((q, k[:, :, :1], v), {}, r"q \(3, 7, 4, 6\), k \(3, 7, 1, 6\) and v \(3, 7, 2, 6\) do not fit"),
         ((q[:, :, :3], k, v), {}, "N a multiple of K"),
-        ((q, k, v), {"k_segments": masks["k_segments"][:, :3]}, r"k_segments has shape \(3, 3\), expected \(3, 7\)"),
+        (
+            (q, k, v),
+            {"k_segments": masks["k_segments"][:, :3]},
+            r"k_segments has shape \(3, 3\), expected \(3, 7\)",
+        ),
     ]:
         with pytest.raises(ValueError, match=message):
             api.attention(*arguments, **masks | changes)

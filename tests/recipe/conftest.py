@@ -121,7 +121,9 @@ def write_data(folder: Path) -> None:
     for number, thing in enumerate(THINGS):
         lines = []
         for other, colour in enumerate(COLOURS):
-            lines.append(f"The {colour} {thing} stood near the {THINGS[(number + other) % 10]}, number {other}.\n")
+            lines.append(
+                f"The {colour} {thing} stood near the {THINGS[(number + other) % 10]}, number {other}.\n"
+            )
             rows.append(
                 {
                     "prompt": f"Is the {thing} {colour}?",
@@ -166,7 +168,7 @@ class Chain:
 
 @pytest.fixture(scope="session", autouse=True)
 def compilation_cache(tmp_path_factory):
-    """Most of these tests compile the same programs again; and a resumed run must not depend on who compiled."""
+    """Most of these tests compile the same programs again."""
     folder = tmp_path_factory.mktemp("xla")
     names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
     before = {name: getattr(jax.config, name) for name in names}
@@ -214,7 +216,9 @@ def start():
         env = os.environ | {
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PYTHONPATH": os.pathsep.join(p for p in [str(Path(command_line.__file__).parents[1]), *sys.path] if p),
+            "PYTHONPATH": os.pathsep.join(
+                p for p in [str(Path(command_line.__file__).parents[1]), *sys.path] if p
+            ),
         }
         with log.open("w") as file:
             words = [sys.executable, "-m", "jaxtrain.main", *map(str, argv)]

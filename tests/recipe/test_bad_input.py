@@ -1,4 +1,4 @@
-"""What a user can get wrong, through the command line: exit code 2, a message that names the culprit, no traceback."""
+"""What a user can get wrong, through the command line: exit code 2 and a message that names the culprit."""
 
 from __future__ import annotations
 
@@ -80,7 +80,9 @@ def test_an_id_beyond_the_vocabulary(refused, monkeypatch, tmp_path):
     from jaxtrain.data.tokenizer import Tokenizer
 
     encode = Tokenizer.encode_batch
-    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [[*ids, 300] for ids in encode(self, texts)])
+    monkeypatch.setattr(
+        Tokenizer, "encode_batch", lambda self, texts: [[*ids, 300] for ids in encode(self, texts)]
+    )
     line = refused("Samples.prompts = ()", "Samples.next_token_prompts = ()", out=tmp_path / "fresh")
     assert "300" in line and "TextFiles" in line and "vocabulary" in line
 
@@ -88,8 +90,14 @@ def test_an_id_beyond_the_vocabulary(refused, monkeypatch, tmp_path):
 @pytest.mark.parametrize(
     ("bindings", "named"),
     [
-        (["dpo/Stage.batch_size = 12", "MeshConfig.data = 8"], "stage dpo: batch_size=12 is not divisible by the 8"),
-        (["MeshConfig.tensor = 2"], "parameter layers/attention/key/kernel .* dimension 'kv_heads' of size 1 is not"),
+        (
+            ["dpo/Stage.batch_size = 12", "MeshConfig.data = 8"],
+            "stage dpo: batch_size=12 is not divisible by the 8",
+        ),
+        (
+            ["MeshConfig.tensor = 2"],
+            "parameter layers/attention/key/kernel .* dimension 'kv_heads' of size 1 is not",
+        ),
         (["MeshConfig.data = 64"], "needs 64 devices, but only 8 are visible"),
     ],
 )
@@ -100,9 +108,15 @@ def test_a_mesh_that_does_not_fit_is_refused_before_any_training(bindings, named
 
 def test_ppo_batches_are_checked_too(refused, tmp_path):
     line = refused(
-        "PPOStage.mesh = @MeshConfig()", "MeshConfig.data = 8", "PPOConfig.minibatch_size = 4", out=tmp_path / "fresh"
+        "PPOStage.mesh = @MeshConfig()",
+        "MeshConfig.data = 8",
+        "PPOConfig.minibatch_size = 4",
+        out=tmp_path / "fresh",
     )
-    assert "stage ppo: ppo.minibatch_size=4 is not divisible by the 8 devices" in line and "multiple of 8" in line
+    assert (
+        "stage ppo: ppo.minibatch_size=4 is not divisible by the 8 devices" in line
+        and "multiple of 8" in line
+    )
 
 
 def test_a_checkpoint_of_another_model(refused, chain):
@@ -129,7 +143,9 @@ def test_a_full_disk_and_the_same_command_again(refused, chain, jaxtrain, monkey
     def usage(path):
         calls.append(path)
         found = real(path)
-        return found if len(calls) == 1 else types.SimpleNamespace(total=found.total, used=found.total, free=10)
+        return (
+            found if len(calls) == 1 else types.SimpleNamespace(total=found.total, used=found.total, free=10)
+        )
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     line = refused("dpo/Stage.steps = 5", out=out)

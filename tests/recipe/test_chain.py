@@ -55,7 +55,13 @@ def test_five_stages_in_one_go(chain):
 
 def test_every_checkpoint_names_its_ancestry(chain):
     results = {name: read_json(chain.stage(name) / "result.json") for name in STAGES}
-    parents = {"lm": [], "sft": ["lm"], "reward": ["lm", "sft"], "dpo": ["lm", "sft"], "ppo": ["lm", "sft", "reward"]}
+    parents = {
+        "lm": [],
+        "sft": ["lm"],
+        "reward": ["lm", "sft"],
+        "dpo": ["lm", "sft"],
+        "ppo": ["lm", "sft", "reward"],
+    }
     for name, wanted in parents.items():
         ancestry = results[name]["parents"]
         assert [record["stage"] for record in ancestry] == wanted
@@ -75,7 +81,9 @@ def test_a_second_run_changes_nothing(chain, copied, jaxtrain):
         f"{name}: unchanged, skipped" for name in STAGES
     ]
     assert stamps(copied) == before
-    assert json.loads((copied / "summary.json").read_text()) == json.loads((chain.out / "summary.json").read_text())
+    assert json.loads((copied / "summary.json").read_text()) == json.loads(
+        (chain.out / "summary.json").read_text()
+    )
 
 
 @pytest.mark.parametrize(
@@ -103,7 +111,15 @@ def test_a_change_reruns_its_stage_and_what_comes_from_it(binding, rerun, chain,
 
 
 def test_generate_continues_a_finished_stage(chain, jaxtrain):
-    words = ["generate", "--checkpoint", chain.stage("dpo"), "--prompt", "Is the cat red?", "--max_new_tokens", 5]
+    words = [
+        "generate",
+        "--checkpoint",
+        chain.stage("dpo"),
+        "--prompt",
+        "Is the cat red?",
+        "--max_new_tokens",
+        5,
+    ]
     done = jaxtrain(*words, "--temperature", 0)
     assert done.code == 0 and done.out == jaxtrain(*words, "--temperature", 0).out
     assert "tokens/s" in done.err
@@ -130,7 +146,9 @@ def test_a_dry_run_counts_and_trains_nothing(jaxtrain, recipe_text, tmp_path):
     # AdamW: two moments a parameter and its count; then step, skipped, streak and the key's two words.
     state = 4 * (3 * trunk + 2 + 3 + 2)
     line = next(line for line in done.out.splitlines() if line.startswith("# lm model"))
-    assert line.startswith(f"# lm model: {trunk:,} parameters, {3 * forward:,.0f} training FLOPs per token at 32 tokens")
+    assert line.startswith(
+        f"# lm model: {trunk:,} parameters, {3 * forward:,.0f} training FLOPs per token at 32 tokens"
+    )
     assert int(line.split(", ")[-1].split()[0].replace(",", "")) == pytest.approx(state, abs=16)
     assert f"# ppo critic: {trunk + 16:,} parameters" in done.out
     assert "lm/Stage.steps = 3" in done.out or "steps = 3" in done.out
@@ -140,16 +158,24 @@ def test_check_judges_the_first_directed_figure_and_what_is_required():
     def row(metric, before, after, better, required=None):
         return {"metric": metric, "before": before, "after": after, "better": better, "required": required}
 
-    assert shortfalls("s", [row("shown", 1, 9, "none"), row("loss", 2, 1, "lower"), row("other", 1, 2, "lower")]) == []
+    assert (
+        shortfalls("s", [row("shown", 1, 9, "none"), row("loss", 2, 1, "lower"), row("other", 1, 2, "lower")])
+        == []
+    )
     assert shortfalls("s", [row("loss", 1, 2, "lower")]) == ["s: loss went from 1 to 2; it should be lower"]
     assert len(shortfalls("s", [row("loss", 1, 1, "lower")])) == 1
     assert len(shortfalls("s", [row("loss", 1, float("nan"), "lower")])) == 1
-    assert shortfalls("s", [row("accuracy", 0.5, 0.7, "higher", 0.8)]) == ["s: accuracy is 0.7, and 0.8 is required"]
+    assert shortfalls("s", [row("accuracy", 0.5, 0.7, "higher", 0.8)]) == [
+        "s: accuracy is 0.7, and 0.8 is required"
+    ]
     assert shortfalls("s", [row("accuracy", 0.5, 0.8, "higher", 0.8)]) == []
 
 
 def test_a_folder_in_use_is_refused_and_what_lies_in_the_way_is_kept(tmp_path):
-    with locked(tmp_path / "run"), pytest.raises(ValueError, match="run is in use by another jaxtrain process"):
+    with (
+        locked(tmp_path / "run"),
+        pytest.raises(ValueError, match="run is in use by another jaxtrain process"),
+    ):
         with locked(tmp_path / "run"):
             pass
     with locked(tmp_path / "run"):

@@ -1,4 +1,4 @@
-"""``kill -9`` at a random moment, then the same command: the logged losses are an uninterrupted run's, bit for bit."""
+"""``kill -9`` at a random moment, then the same command: the log is an uninterrupted run's, bit for bit."""
 
 from __future__ import annotations
 
@@ -14,7 +14,12 @@ from jaxtrain.checkpoint import saved_steps
 
 WALL = ("seconds", "tokens_per_second")
 # Saving takes most of the time of these runs, so a kill often falls into a save.
-LONG = ["Stage.steps = 40", "Stage.checkpoint_every = 3", "Stage.evaluate_every = 10", "PPOConfig.iterations = 12"]
+LONG = [
+    "Stage.steps = 40",
+    "Stage.checkpoint_every = 3",
+    "Stage.evaluate_every = 10",
+    "PPOConfig.iterations = 12",
+]
 STAGES = {"lm": "lm/Stage", "sft": "sft/Stage", "ppo": "ppo/PPOStage"}
 
 
@@ -38,7 +43,15 @@ def only(chain, name):
         "lm": ("lm/", "Stage.", "BitsPerByte.", "TextDataset."),
         "sft": ("sft/", "Stage.", "HeldOut.", "Measure.", "InstructionDataset.", "JsonLines."),
         "ppo": ("PPO", "critic/", "WeightedReward.", "LengthReward.", "PromptDataset.", "JsonLines."),
-    }[name] + ("Recipe.", "Samples.", "SentencePieceBPE.", "TextFiles.", "DecoderConfig.", "AdamW.", "Constant.")
+    }[name] + (
+        "Recipe.",
+        "Samples.",
+        "SentencePieceBPE.",
+        "TextFiles.",
+        "DecoderConfig.",
+        "AdamW.",
+        "Constant.",
+    )
     lines = [line for line in chain.recipe.read_text().splitlines() if line.startswith(keep)]
     if name == "lm":
         lines = [line for line in lines if not line.startswith("Stage.evaluation")]
@@ -94,22 +107,30 @@ def killed_lm(chain, tmp_path, start):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_killed_run_logs_what_an_uninterrupted_one_does(name, chain, uninterrupted, start, jaxtrain, tmp_path):
+def test_a_killed_run_logs_what_an_uninterrupted_one_does(
+    name, chain, uninterrupted, start, jaxtrain, tmp_path
+):
     whole = uninterrupted(name)
     out = kill_midway(chain, name, tmp_path / "out", start, tmp_path / "log")
     again = jaxtrain(*arguments(chain, name, out))
     assert again.code == 0, again.err
     assert f"{name}: continuing after" in again.err
     assert logged(out, name) == whole
-    assert len([row for row in whole if "loss" in row or "objective/scores" in row]) == (12 if name == "ppo" else 40)
+    assert len([row for row in whole if "loss" in row or "objective/scores" in row]) == (
+        12 if name == "ppo" else 40
+    )
 
 
-def test_a_run_of_one_device_continues_on_one_and_on_eight(chain, killed_lm, uninterrupted, jaxtrain, tmp_path):
+def test_a_run_of_one_device_continues_on_one_and_on_eight(
+    chain, killed_lm, uninterrupted, jaxtrain, tmp_path
+):
     whole = uninterrupted("lm")
     wide = shutil.copytree(killed_lm, tmp_path / "wide")
     one = jaxtrain(*arguments(chain, "lm", killed_lm))
     eight = jaxtrain(
-        *arguments(chain, "lm", wide, "Stage.mesh = @MeshConfig()", "MeshConfig.data = 4", "MeshConfig.fsdp = 2")
+        *arguments(
+            chain, "lm", wide, "Stage.mesh = @MeshConfig()", "MeshConfig.data = 4", "MeshConfig.fsdp = 2"
+        )
     )
     for result, out in ((one, killed_lm), (eight, wide)):
         assert result.code == 0, result.err

@@ -62,7 +62,14 @@ def make_batch(objective, seed: int = 0):
 
 
 def tiny_model(**changes):
-    sizes = {"vocab_size": V, "num_layers": 2, "d_model": 16, "num_heads": 16, "num_kv_heads": 8, "head_dim": 2}
+    sizes = {
+        "vocab_size": V,
+        "num_layers": 2,
+        "d_model": 16,
+        "num_heads": 16,
+        "num_kv_heads": 8,
+        "head_dim": 2,
+    }
     sizes |= {"d_ff": 32, "max_positions": 32, "heads": ("lm", "reward", "value")}
     return build_model(DecoderConfig(**sizes | changes))
 
@@ -77,7 +84,9 @@ def assert_trees_close(found, expected, tolerance=1e-5):
     """Each leaf to within ``tolerance`` of the largest entry of the tree."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     scale = max(float(np.max(np.abs(x))) for x in jax.tree.leaves(expected))
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
+    ):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=str(path))
 
 

@@ -22,7 +22,14 @@ from jaxtrain.types import Pairs, Tokens
 VOCAB, PROMPT, LONGEST, BATCH = 16, 4, 6, 64
 EOS = 0  # also the padding's id: masks must come from lengths
 CONFIG = DecoderConfig(
-    vocab_size=VOCAB, num_layers=2, d_model=64, num_heads=4, num_kv_heads=4, d_ff=128, max_positions=16, tie_embeddings=False
+    vocab_size=VOCAB,
+    num_layers=2,
+    d_model=64,
+    num_heads=4,
+    num_kv_heads=4,
+    d_ff=128,
+    max_positions=16,
+    tie_embeddings=False,
 )
 
 
@@ -80,7 +87,9 @@ def test_pairs_differ():
     assert (pairs.chosen.ids[:, PROMPT] == pairs.chosen.ids[:, 0]).all()
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_reward_model_learns(seed):
     model = build_model(dataclasses.replace(CONFIG, heads=("reward",)))
     step = make_eval_step(model.apply, RewardModel())
@@ -91,7 +100,9 @@ def test_reward_model_learns(seed):
     assert evaluate(step, params, heldout)["accuracy"] >= 0.99
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_dpo_learns(seed):
     model = build_model(CONFIG)
     reference = model.init(jax.random.key(seed))
@@ -106,7 +117,9 @@ def test_dpo_learns(seed):
     assert after["rewards/margins"] >= 3
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
+)
 def test_sft_learns_to_stop(seed):
     """Completions go on with probability 1/2, so EOS must come to about 1/2 too, though it is the padding's id."""
     model = build_model(CONFIG)

@@ -1,4 +1,4 @@
-"""The loop: what it logs and saves, that a resumed run repeats the uninterrupted one, and when it gives up."""
+"""The loop: what it logs and saves, how it resumes, and when it gives up."""
 
 from __future__ import annotations
 
@@ -52,7 +52,9 @@ def train(step, tmp_path):
         checkpoints = Checkpoints(tmp_path / folder / "checkpoints", keep=10)
         try:
             state = fresh()
-            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            target = jax.tree.map(
+                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
+            )
             found = checkpoints.restore_latest(state_trees(target), META)
             start, state = (0, state) if found is None else (found[0], from_trees(found[1]))
             with MetricLog(tmp_path / folder, start=start, steps=steps, title=folder) as log:
@@ -85,7 +87,11 @@ def test_rows_and_checkpoints(train, tmp_path):
     assert [row["step"] for row in steps] == list(range(1, 8))
     for name in ("loss", "error", "weight", "grad_norm", "skipped", "streak", "tokens_per_second", "seconds"):
         assert all(isinstance(row[name], int | float) for row in steps)
-    assert [row["step"] for row in rows if "eval/w" in row] == [2, 4, 6]  # after the last, the stage measures itself
+    assert [row["step"] for row in rows if "eval/w" in row] == [
+        2,
+        4,
+        6,
+    ]  # after the last, the stage measures itself
     assert [row["eval/w"] for row in rows if "eval/w" in row] == evaluated
     assert 0.3 < float(state.params["w"]) < 1.0  # towards 3, by Adam's steps of 0.1
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
@@ -126,7 +132,9 @@ def test_bad_batches_are_skipped_until_there_are_too_many(train, tmp_path):
     def rest(number):
         return load(number) if number < 4 else load(number) | {"y": np.full(8, np.inf, np.float32)}
 
-    with pytest.raises(DivergedError, match=r"step 7: 3 updates in a row had a NaN or Inf loss .*lower the learning"):
+    with pytest.raises(
+        DivergedError, match=r"step 7: 3 updates in a row had a NaN or Inf loss .*lower the learning"
+    ):
         train("rest", 20, load=rest, max_streak=3, checkpoint_every=4)
     rows = [json.loads(line) for line in (tmp_path / "rest" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 7 and rows[-1]["loss"] is None

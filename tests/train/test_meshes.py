@@ -47,7 +47,7 @@ def compute(tools):
         shardings = param_shardings(model.axes, params, mesh, model.rules)
         function = jax.jit(
             all_of_them,
-            out_shardings={name: (None, shardings) for name in NAMES},
+            out_shardings=dict.fromkeys(NAMES, (None, shardings)),
             compiler_options=tools.fast,
         )
         capfd.readouterr()

@@ -1,4 +1,4 @@
-"""The one train step: accumulation and order (T5), clipping, what is skipped, what is donated, what is reported."""
+"""The one train step: accumulation and order (T5), clipping, skipping, donation, metrics."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def model(tools):
 def mean_grads(tools):
     """``(objective, batch, accumulate) -> (mean gradients, metrics as means)``, NumPy.
 
-    The model is the smallest whose every output reads all tokens before it: sums over a row do not care which.
+    The model is the smallest whose every output reads all tokens before it.
     """
     rng = np.random.default_rng(0)
     shapes = {"embed": (tools.V, 8), "logits": (8, tools.V), "rewards": (8,), "values": (8,)}
@@ -58,7 +58,8 @@ def mean_grads(tools):
 def test_microbatches_and_row_order_change_nothing(objective, mean_grads, tools):
     batch = tools.batch(objective)
     # Rows 1 and 5 of no weight: with four microbatches, rows i and i + 4 make one that is empty.
-    empty = jax.tree.map(lambda x: np.where(np.isin(np.arange(8), (1, 5)).reshape(-1, *[1] * (x.ndim - 1)), 0, x), batch)
+    kept = ~np.isin(np.arange(8), (1, 5))
+    empty = jax.tree.map(lambda x: (x.T * kept).T.astype(x.dtype), batch)
     for data in (batch, empty):
         grads, metrics = mean_grads(objective, data)
         for accumulate in (4, 8):
@@ -124,11 +125,10 @@ def test_a_batch_of_no_weight_is_no_news(lm_step, tools):
     step, fresh = lm_step
     batch = tools.batch(LM())
     state = fresh()
-    before = tree_bytes(state.params)
     state, metrics = step(state, dataclasses.replace(batch, weights=np.zeros_like(batch.weights)))
     assert (float(metrics["loss"]), float(metrics["weight"]), float(metrics["grad_norm"])) == (0, 0, 0)
     assert int(state.skipped) == 0
-    assert len(before) == len(tree_bytes(state.params)) and all(np.isfinite(x).all() for x in jax.tree.leaves(state.params))
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
 
 
 def test_the_old_state_is_donated(lm_step, tools):
@@ -143,10 +143,13 @@ def test_the_old_state_is_donated(lm_step, tools):
 def quadratic(apply, params, batch, rng):
     """Gradient of the mean: ``params['w'] * mean(weights * x) / mean(weights)``."""
     total = jnp.sum(batch["weights"] * batch["x"]) * jnp.sum(params["w"])
-    return Loss(total=total, weight=jnp.sum(batch["weights"]), metrics={"x": Sum(jnp.sum(batch["x"]), jnp.float32(4))})
+    metrics = {"x": Sum(jnp.sum(batch["x"]), jnp.float32(4))}
+    return Loss(total=total, weight=jnp.sum(batch["weights"]), metrics=metrics)
 
 
-@pytest.mark.parametrize(("scale", "clip", "factor"), [(3.0, 1.0, 1 / 6), (3.0, 6.0, 1.0), (3.0, None, 1.0), (0.1, 1.0, 1)])
+@pytest.mark.parametrize(
+    ("scale", "clip", "factor"), [(3.0, 1.0, 1 / 6), (3.0, 6.0, 1.0), (3.0, None, 1.0), (0.1, 1.0, 1)]
+)
 def test_clipping_is_exact(scale, clip, factor):
     """Four parameters, each with gradient ``scale``: a norm of twice that."""
     params = {"w": jnp.ones((4,), jnp.float32)}
