@@ -166,7 +166,9 @@ class Checkpoints:
         for name, target in targets.items():
             lines = diff(shapes(target), saved["shapes"].get(name, {}))
             if lines:
-                raise CheckpointError(f"checkpoint {self.directory / str(step)} is of another model: {'; '.join(lines[:5])}")
+                raise CheckpointError(
+                    f"checkpoint {self.directory / str(step)} is of another model: {'; '.join(lines[:5])}"
+                )
         items = {name: ocp.args.StandardRestore(target) for name, target in targets.items()}
         try:
             trees = self._manager.restore(step, args=ocp.args.Composite(**items))

@@ -38,9 +38,9 @@ def _check_reward_parent(stage: Any, earlier: dict[str, Any]) -> None:
 
 
 def _check_name(name: str) -> None:
-    if not name or any(not (c.isalnum() or c in "-_") for c in name) or name == "untrained":
+    if not name or any(not (c.isalnum() or c in "-_") for c in name) or name in ("untrained", "superseded"):
         raise ValueError(
-            f"a stage's name must be letters, digits, '-' and '_', and not 'untrained', found {name!r}"
+            f"a stage's name must be letters, digits, '-' and '_', and not 'untrained' or 'superseded', found {name!r}"
         )
 
 
@@ -233,10 +233,10 @@ class Recipe:
                 raise ValueError(f"two stages are called {stage.name!r}; give every stage a name of its own")
             models = {"model": stage.model, "critic": getattr(stage, "critic", None)}
             for what, model in models.items():
-                if model is not None and model.vocab_size < self.tokenizer.vocab_size:
+                if model is not None and model.vocab_size != self.tokenizer.vocab_size:
                     raise ValueError(
-                        f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} is smaller than the "
-                        f"tokenizer's {self.tokenizer.vocab_size}: there would be ids beyond it"
+                        f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} differs from the tokenizer's "
+                        f"{self.tokenizer.vocab_size}: there would be ids that the one has and the other has not"
                     )
             for name in stage.parents():
                 if name in earlier or Path(name).is_dir():

@@ -71,14 +71,10 @@ class Builder:
         for field in _fields(cls).values():
             binding = self.lookup(scope, name, field.name)
             if binding is not None:
-                values[field.name] = self.value(
-                    binding, scope, f"{label}.{field.name}", annotations[field.name], field
-                )
+                values[field.name] = self.value(binding, scope, f"{label}.{field.name}", annotations[field.name], field)
             elif field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING:
                 expected = config_types.describe(annotations[field.name])
-                raise ValueError(
-                    f"{label}.{field.name} ({expected}) is required and not bound; {label} is {where}"
-                )
+                raise ValueError(f"{label}.{field.name} ({expected}) is required and not bound; {label} is {where}")
         try:
             self.built[scope, name] = cls(**values)
         except ValueError as error:
@@ -95,9 +91,7 @@ class Builder:
                 found = self.bindings[prefix, name, field]
         return found
 
-    def value(
-        self, binding: Binding, scope: str, label: str, annotation: Any, field: dataclasses.Field
-    ) -> Any:
+    def value(self, binding: Binding, scope: str, label: str, annotation: Any, field: dataclasses.Field) -> Any:
         value = self.resolve(binding.value, scope, f"{label}, bound at {binding.where}")
         try:
             return config_types.convert(value, annotation, default=field.default)
@@ -146,11 +140,7 @@ class Builder:
                 problems.append(f"macro {_join(scope, name)} is never used, bound at {binding.where}")
                 continue
             built = sorted(_join(s, n) for s, n in self.built if n == name)
-            why = (
-                f"{name} is built as {', '.join(built)}"
-                if built
-                else f"nothing refers to @{_join(scope, name)}()"
-            )
+            why = f"{name} is built as {', '.join(built)}" if built else f"nothing refers to @{_join(scope, name)}()"
             problems.append(f"{_join(scope, name)}.{field} has no effect: {why}; bound at {binding.where}")
         if problems:
             raise ValueError("unused bindings:\n  " + "\n  ".join(problems))

@@ -33,9 +33,7 @@ def to_json(value: Any) -> Any:
         return [to_json(item) for item in value]
     if isinstance(value, Mapping):
         if not all(isinstance(key, str) and key != "@" for key in value):
-            raise ValueError(
-                f"a mapping in a configuration needs string keys other than '@', found {list(value)}"
-            )
+            raise ValueError(f"a mapping in a configuration needs string keys other than '@', found {list(value)}")
         return {key: to_json(value[key]) for key in sorted(value)}
     raise TypeError(f"a configuration cannot hold a {type(value).__name__}: {value!r}")
 

@@ -30,9 +30,7 @@ def write(root: Any, names: Mapping[int, tuple[str, str]]) -> str:
 class _Writer:
     def __init__(self, names: Mapping[int, tuple[str, str]]):
         self.names = names
-        self.taken: dict[tuple[str, str], str | None] = dict.fromkeys(
-            names.values()
-        )  # name -> the value's JSON
+        self.taken: dict[tuple[str, str], str | None] = dict.fromkeys(names.values())  # name -> the value's JSON
         self.blocks: dict[tuple[str, str], str] = {}
 
     def text(self, root: Any) -> str:
@@ -64,9 +62,7 @@ class _Writer:
             items = [f"{key!r}: {self.literal(item, scope, field)}" for key, item in value.items()]
             return f"{{{', '.join(items)}}}"
         if isinstance(value, float) and math.isinf(value):
-            return (
-                "1e999" if value > 0 else "-1e999"
-            )  # gin has no word for infinity, Python's reader overflows to it
+            return "1e999" if value > 0 else "-1e999"  # gin has no word for infinity, Python's reader overflows to it
         return repr(value)
 
     def free_name(self, value: Any, scope: str, field: str) -> tuple[str, str]:

@@ -105,16 +105,12 @@ def _convert_items(value: tuple, annotation: Any, origin: Any, arguments: tuple[
         wanted = list(arguments)
     if len(wanted) != len(value):
         raise Mismatch(f"{describe(annotation)} of length {len(wanted)}", value)
-    return tuple(
-        _nested(item, kind, f"[{i}]") for i, (item, kind) in enumerate(zip(value, wanted, strict=True))
-    )
+    return tuple(_nested(item, kind, f"[{i}]") for i, (item, kind) in enumerate(zip(value, wanted, strict=True)))
 
 
 def _convert_mapping(value: dict, arguments: tuple[Any, ...]) -> dict:
     key_kind, item_kind = arguments or (str, Any)
-    return {
-        _nested(key, key_kind, " key"): _nested(item, item_kind, f"[{key!r}]") for key, item in value.items()
-    }
+    return {_nested(key, key_kind, " key"): _nested(item, item_kind, f"[{key!r}]") for key, item in value.items()}
 
 
 def _nested(value: Any, annotation: Any, where: str) -> Any:

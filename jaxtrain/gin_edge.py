@@ -108,9 +108,7 @@ class _Reader:
                     )
                 return candidate
         places = ", ".join(dict.fromkeys(str(path) for path in tried))
-        raise ValueError(
-            f"{included_by + ': ' if included_by else ''}no gin file {name!r}; looked for {places}"
-        )
+        raise ValueError(f"{included_by + ': ' if included_by else ''}no gin file {name!r}; looked for {places}")
 
     def read_file(self, path: Path, chain: tuple[Path, ...]) -> None:
         if path in chain:

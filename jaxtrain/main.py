@@ -5,12 +5,13 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jaxtrain
 
-USER_MISTAKE, INTERRUPTED = 2, 130  # exit codes; argparse's own is 2 as well
+USER_MISTAKE, CRASH, INTERRUPTED = 2, 70, 130  # exit codes; argparse's own is 2 as well
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +45,11 @@ def console() -> None:
     if sys.platform == "linux" and "GLIBC_TUNABLES" not in os.environ:
         os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1"
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except Exception:  # not 1, which says that a check failed
+        traceback.print_exc()
+        sys.exit(CRASH)
 
 
 def set_environment() -> None:
@@ -72,19 +77,17 @@ def _parser() -> argparse.ArgumentParser:
     def command(name: str, text: str) -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
 
-    quickstart = command(
-        "quickstart", "train a small model through every stage, on text found on this machine"
-    )
+    quickstart = command("quickstart", "train a small model through every stage, on text found on this machine")
     _add_out(quickstart, default=Path("jaxtrain-quickstart"))
     _add_gin(quickstart)
     quickstart.add_argument("--seed", type=_COUNT, default=0, help="seed of every random choice (default: 0)")
     quickstart.add_argument(
         "--check",
         action="store_true",
-        help="exit 1, naming it, if a stage does not improve its held-out metric",
+        help="exit 1, naming it, if a stage does not improve its held-out metric, or misses a required value",
     )
 
-    train = command("train", "train one stage described by gin files")
+    train = command("train", "train what gin files describe, usually one stage")
     train.add_argument(
         "--gin_file",
         action="append",
@@ -107,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
 
     generate = command("generate", "complete a prompt with a trained model")
     add = generate.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a trained stage")
+    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a trained stage, RUN/stages/NAME")
     add("--prompt", required=True, metavar="TEXT", help="what to complete")
     add("--max_new_tokens", type=_POSITIVE, default=64, metavar="N", help="most to generate (default: 64)")
     add(

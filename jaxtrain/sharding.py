@@ -114,9 +114,7 @@ class ShardingRules:
                 raise ValueError(f"no sharding rule for {name!r} in {tuple(names)}; known: {sorted(table)}")
             for axis in table[name]:
                 if axis in used:
-                    raise ValueError(
-                        f"{tuple(names)}: {used[axis]!r} and {name!r} would both be split over {axis!r}"
-                    )
+                    raise ValueError(f"{tuple(names)}: {used[axis]!r} and {name!r} would both be split over {axis!r}")
                 used[axis] = name
             entries.append(table[name] if table[name] else None)
         return PartitionSpec(*entries)

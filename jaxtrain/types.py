@@ -141,9 +141,7 @@ class TrainState:
 class Apply(Protocol):
     """A model's forward pass.  ``rng`` turns dropout on; without it the pass is deterministic."""
 
-    def __call__(
-        self, params: Params, tokens: Tokens, *, cache: Any = None, rng: Array | None = None
-    ) -> Outputs: ...
+    def __call__(self, params: Params, tokens: Tokens, *, cache: Any = None, rng: Array | None = None) -> Outputs: ...
 
 
 class Objective(Protocol):

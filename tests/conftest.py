@@ -8,6 +8,6 @@ if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", "")
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # tests read XLA's warnings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import jax  # noqa: E402  (the device count must be set first)
+import jax
 
 jax.config.update("jax_default_matmul_precision", "highest")

@@ -50,9 +50,7 @@ def targets_of(trees):
 
 
 def assert_same_bits(found, expected):
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         assert a.dtype == b.dtype and np.asarray(a).tobytes() == np.asarray(b).tobytes(), path
 
 
@@ -165,9 +163,7 @@ def test_a_checkpoint_of_another_model_is_named(tmp_path, opened):
     checkpoints.save(1, trees, META)
     checkpoints.wait()
     more = {**trees, "params": {**trees["params"], "lm_head": trees["params"]["embed"]}}
-    with pytest.raises(
-        CheckpointError, match=r"of another model: lm_head: expected float32\[16,8\], found \(absent\)"
-    ):
+    with pytest.raises(CheckpointError, match=r"of another model: lm_head: expected float32\[16,8\], found \(absent\)"):
         checkpoints.restore(1, targets_of(more))
     wider = put(make_trees(size=32), MeshConfig())
     with pytest.raises(
@@ -183,9 +179,7 @@ def test_a_checkpoint_of_another_run_lists_what_differs(tmp_path, opened):
     checkpoints.save(1, trees, META)
     checkpoints.wait()
     wanted = {"model": {"d_model": 16, "heads": ["lm"]}, "hash": "a"}
-    with pytest.raises(
-        ValueError, match=r"made by another run: model\.d_model: expected 16, found 8\. Use another"
-    ):
+    with pytest.raises(ValueError, match=r"made by another run: model\.d_model: expected 16, found 8\. Use another"):
         checkpoints.restore_latest(targets_of(trees), wanted)
     assert diff({"a": 1, "b": {"c": [1]}}, {"b": {"c": [2]}, "d": 0}) == [
         "a: expected 1, found (absent)",
@@ -217,12 +211,8 @@ def test_a_full_disk_is_seen_before_anything_is_written(tmp_path, opened, monkey
     checkpoints.save(1, trees, META)
     checkpoints.wait()
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: types.SimpleNamespace(total=usage.total, used=0, free=100)
-    )
-    with pytest.raises(
-        DiskFullError, match=rf"checkpoint 2 needs 0\.0 MB in {tmp_path}.*continue from step 1"
-    ):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(total=usage.total, used=0, free=100))
+    with pytest.raises(DiskFullError, match=rf"checkpoint 2 needs 0\.0 MB in {tmp_path}.*continue from step 1"):
         checkpoints.save(2, trees, META)
     assert checkpoint.saved_steps(tmp_path) == [1]
     monkeypatch.undo()

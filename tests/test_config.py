@@ -17,9 +17,7 @@ from jaxtrain.optim import OPTIMIZERS, SCHEDULES
 from jaxtrain.rl.config import PPOConfig
 from jaxtrain.rl.rewards import LengthReward
 
-MODEL = DecoderConfig(
-    vocab_size=300, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, d_ff=32, max_positions=64
-)
+MODEL = DecoderConfig(vocab_size=300, num_layers=1, d_model=16, num_heads=2, num_kv_heads=1, d_ff=32, max_positions=64)
 CRITIC = dataclasses.replace(MODEL, heads=("value",))
 TEXT, ROWS = TextFiles(pattern="*.txt"), JsonLines(pattern="*.jsonl")
 OPTIMIZER = OPTIMIZERS["AdamW"](schedule=SCHEDULES["Constant"](peak=1e-3))
@@ -45,9 +43,7 @@ def ppo_stage(**changes):
 
 
 def recipe(*stages, vocab_size=300, **settings):
-    return Recipe(
-        tokenizer=SentencePieceBPE(vocab_size=vocab_size, sources=(TEXT,)), stages=stages, **settings
-    )
+    return Recipe(tokenizer=SentencePieceBPE(vocab_size=vocab_size, sources=(TEXT,)), stages=stages, **settings)
 
 
 @pytest.mark.smoke

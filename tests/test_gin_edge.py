@@ -101,8 +101,7 @@ def refusal(text: str, tmp_path: Path, **options) -> str:
 
 def test_builds_stages_from_scopes(tmp_path):
     config, _ = load(
-        CHAIN
-        + "Stage.steps = 7\ndpo/Stage.steps = 9\nDPO.beta = 1\npretrain/LM.z_loss = 1e-4\nRecipe.seed = 3\n",
+        CHAIN + "Stage.steps = 7\ndpo/Stage.steps = 9\nDPO.beta = 1\npretrain/LM.z_loss = 1e-4\nRecipe.seed = 3\n",
         tmp_path,
     )
     expected = Recipe(
@@ -407,9 +406,7 @@ def test_includes_come_from_the_roots_and_from_beside_the_file(tmp_path):
     text = "include 'models/tiny.gin'\ninclude 'chain.gin'\nDecoder.num_layers = 5\n"
     config, _ = load(text, mine, roots=[shipped])
     assert [stage.model.num_layers for stage in config.stages] == [5, 5]
-    named_in_root = gin_edge.load(
-        Recipe, COMPONENTS, [mine / "chain.gin", "models/tiny.gin"], roots=[shipped]
-    )
+    named_in_root = gin_edge.load(Recipe, COMPONENTS, [mine / "chain.gin", "models/tiny.gin"], roots=[shipped])
     assert named_in_root.config.stages[0].model.num_layers == 1
 
     (tmp_path / "outside.gin").write_text("Recipe.seed = 1\n")

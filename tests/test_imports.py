@@ -76,9 +76,7 @@ def imports_of(tree: ast.AST, module: str, is_package: bool) -> Iterator[tuple[s
 
 def nnx_uses(tree: ast.AST, imports: list[tuple[str, int]]) -> Iterator[tuple[str, int]]:
     """Names taken from ``flax.nnx``: ``nnx.split`` under any alias, or ``from flax.nnx import split``."""
-    yield from (
-        (name.removeprefix("flax.nnx."), line) for name, line in imports if name.startswith("flax.nnx.")
-    )
+    yield from ((name.removeprefix("flax.nnx."), line) for name, line in imports if name.startswith("flax.nnx."))
     aliases = {"nnx", "flax.nnx"}
     for node in ast.walk(tree):
         if isinstance(node, ast.Import | ast.ImportFrom):
@@ -151,9 +149,7 @@ PLANTED = {
 }
 
 
-@pytest.mark.parametrize(
-    ("file", "source", "complaint"), [(f, *rest) for f, rest in PLANTED.items()], ids=PLANTED
-)
+@pytest.mark.parametrize(("file", "source", "complaint"), [(f, *rest) for f, rest in PLANTED.items()], ids=PLANTED)
 def test_a_planted_violation_is_found(file, source, complaint, tmp_path):
     path = tmp_path / "jaxtrain" / file
     path.parent.mkdir(parents=True)
@@ -184,9 +180,7 @@ HEAVY = ("jax", "jaxlib", "numpy", "flax", "optax", "orbax", "grain", "gin", "to
 
 
 @pytest.mark.smoke
-@pytest.mark.parametrize(
-    "argv", [["--help"], ["quickstart", "--help"], ["generate", "--help"], ["--version"]]
-)
+@pytest.mark.parametrize("argv", [["--help"], ["quickstart", "--help"], ["generate", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(argv):
     code = f"""
 import sys

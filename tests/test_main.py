@@ -106,9 +106,7 @@ def test_wrong_arguments_exit_2_and_name_the_culprit(argv, complaint, commands, 
     assert commands.calls == []
 
 
-@pytest.mark.parametrize(
-    "error", [ValueError("no such field"), OSError(28, "No space left on device", "d/x")]
-)
+@pytest.mark.parametrize("error", [ValueError("no such field"), OSError(28, "No space left on device", "d/x")])
 def test_a_users_mistake_is_one_line_and_exit_2(error, commands, capsys, monkeypatch):
     def fail(args):
         raise error
@@ -174,7 +172,5 @@ jax.jit(lambda x: sum((x * i) @ x for i in range(40)))(jax.numpy.ones((8, 8))).b
 
 @pytest.mark.smoke
 def test_the_module_prints_its_version():
-    done = subprocess.run(
-        [sys.executable, "-m", "jaxtrain.main", "--version"], capture_output=True, text=True
-    )
+    done = subprocess.run([sys.executable, "-m", "jaxtrain.main", "--version"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, f"jaxtrain {jaxtrain.__version__}\n")

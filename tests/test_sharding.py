@@ -95,9 +95,7 @@ def test_constraints_are_checked_without_a_mesh_and_work_under_one():
 
 def test_activations_of_the_decoder_are_split_on_cpu_too():
     model = build_model(
-        DecoderConfig(
-            vocab_size=16, num_layers=1, d_model=8, num_heads=2, num_kv_heads=2, d_ff=16, max_positions=8
-        )
+        DecoderConfig(vocab_size=16, num_layers=1, d_model=8, num_heads=2, num_kv_heads=2, d_ff=16, max_positions=8)
     )
     from jaxtrain.types import Tokens
 
@@ -113,9 +111,7 @@ def test_parameters_that_do_not_divide_are_named():
     def shardings(**changes):
         sizes = {"vocab_size": 16, "d_model": 16, "num_heads": 4, "num_kv_heads": 2, "d_ff": 32} | changes
         model = build_model(DecoderConfig(num_layers=1, max_positions=8, **sizes))
-        return param_shardings(
-            model.axes, model.shapes(), make_mesh(MeshConfig(fsdp=2, tensor=4)), model.rules
-        )
+        return param_shardings(model.axes, model.shapes(), make_mesh(MeshConfig(fsdp=2, tensor=4)), model.rules)
 
     with pytest.raises(
         ValueError,
@@ -123,9 +119,7 @@ def test_parameters_that_do_not_divide_are_named():
         r"not divisible by the 4 devices of mesh axes tensor",
     ):
         shardings()
-    with pytest.raises(
-        ValueError, match=r"embed/embedding has shape \(18, 16\): dimension 'vocab' of size 18"
-    ):
+    with pytest.raises(ValueError, match=r"embed/embedding has shape \(18, 16\): dimension 'vocab' of size 18"):
         shardings(num_kv_heads=4, vocab_size=18)
     fitting = shardings(num_kv_heads=4)
     assert fitting["embed"]["embedding"].spec == PartitionSpec(("tensor",), ("fsdp",))
@@ -139,7 +133,5 @@ def test_batches_are_split_by_rows_or_refused():
     assert placed["x"].sharding.is_equivalent_to(batch_sharding(mesh), 2)
     assert placed["x"].addressable_shards[0].data.shape == (2, 3)
     np.testing.assert_array_equal(placed["x"], rows)
-    with pytest.raises(
-        ValueError, match=r"a batch of 6 rows is not divisible by the 4 devices .* multiple of 4"
-    ):
+    with pytest.raises(ValueError, match=r"a batch of 6 rows is not divisible by the 4 devices .* multiple of 4"):
         put_batch({"x": rows[:6]}, mesh)

@@ -19,9 +19,7 @@ def wrap_prompt(tokenizer: Tokenizer, text_ids: list[int]) -> list[int]:
     return [*head, *text_ids, tokenizer.end_id, tokenizer.assistant_id]
 
 
-def wrap(
-    tokenizer: Tokenizer, prompt_ids: list[int], completion_ids: list[int]
-) -> tuple[np.ndarray, np.ndarray]:
+def wrap(tokenizer: Tokenizer, prompt_ids: list[int], completion_ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
     """Ids ``[n]`` int32 and mask ``[n]`` bool of a conversation, given the ids of its two texts."""
     before = wrap_prompt(tokenizer, prompt_ids)
     trained = [*completion_ids, tokenizer.end_id]

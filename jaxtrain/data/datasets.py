@@ -120,13 +120,10 @@ def _prepare(
     for split in SPLITS:
         if not content[split]:
             raise ValueError(
-                f"{dataset.source} has no {split} data; give more of it, "
-                f"or change the source's heldout_fraction"
+                f"{dataset.source} has no {split} data; give more of it, or change the source's heldout_fraction"
             )
     settings = {
-        field.name: getattr(dataset, field.name)
-        for field in dataclasses.fields(dataset)
-        if field.name != "source"
+        field.name: getattr(dataset, field.name) for field in dataclasses.fields(dataset) if field.name != "source"
     }
     fingerprint = _fingerprint(type(dataset).__name__, settings, tokenizer, content)
     if prepared := _reusable(directory, fingerprint):

@@ -48,9 +48,7 @@ def empty_rows(count: int, seq_len: int, pad_id: int) -> Rows:
     return rows
 
 
-def pack_documents(
-    documents: Sequence[np.ndarray], seq_len: int, *, bos_id: int, eos_id: int, pad_id: int
-) -> Rows:
+def pack_documents(documents: Sequence[np.ndarray], seq_len: int, *, bos_id: int, eos_id: int, pad_id: int) -> Rows:
     """Concatenates ``bos document eos`` and splits that into rows of ``seq_len``; only the last is padded.
 
     Every id of every document and its eos is a target exactly once, also where a document runs over the end

@@ -66,8 +66,7 @@ def decode_utf8(data: bytes, where: str) -> str:
     except UnicodeDecodeError as error:
         found = data[error.start : error.start + 4].hex(" ")
         raise ValueError(
-            f"{where}: invalid UTF-8 at byte {error.start} (bytes {found}: {error.reason}); "
-            f"convert the file to UTF-8"
+            f"{where}: invalid UTF-8 at byte {error.start} (bytes {found}: {error.reason}); convert the file to UTF-8"
         ) from None
 
 

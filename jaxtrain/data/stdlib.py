@@ -250,9 +250,7 @@ def _descriptions() -> tuple[_Description, ...]:
             prompts.add(prompt)
             sentences.add(sentence)
             package = module.name.split(".")[0]
-            found.append(
-                _Description(prompt=prompt, completion=sentence, package=package, split=docstring.split)
-            )
+            found.append(_Description(prompt=prompt, completion=sentence, package=package, split=docstring.split))
     return tuple(found)
 
 

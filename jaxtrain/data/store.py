@@ -136,9 +136,7 @@ class RecordSource:
         try:
             (data,) = self._reader.read([index])
         except (RuntimeError, ValueError) as error:
-            raise ValueError(
-                f"record {index} in {self.directory} is damaged ({error}); {self._again}"
-            ) from None
+            raise ValueError(f"record {index} in {self.directory} is damaged ({error}); {self._again}") from None
         return {
             name: np.frombuffer(data, dtype, size, offset).reshape(shape)
             for name, dtype, size, offset, shape in self._layout

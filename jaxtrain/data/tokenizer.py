@@ -48,9 +48,7 @@ class Tokenizer:
         ids = {piece: i for i, piece in reversed(list(enumerate(pieces)))}
         missing = [piece for piece in (*_CONTROL, "<0x00>", "<0xFF>") if piece not in ids]
         if missing:
-            raise ValueError(
-                f"the SentencePiece model lacks the pieces {missing}; train it with SentencePieceBPE"
-            )
+            raise ValueError(f"the SentencePiece model lacks the pieces {missing}; train it with SentencePieceBPE")
         self.pad_id, self.bos_id, self.eos_id = ids[_PAD], ids[_BOS], ids[_EOS]
         self.user_id, self.assistant_id, self.end_id = ids[_USER], ids[_ASSISTANT], ids[_END]
         self._mark_ids = [ids[f"<0x{byte:02X}>"] for byte in _SPACE_MARK.encode()]
@@ -125,13 +123,9 @@ class Tokenizer:
             with open(os.path.join(directory, _META_FILE), "rb") as file:
                 digest = json.load(file)["digest"]
         except FileNotFoundError as error:
-            raise ValueError(
-                f"no tokenizer in {os.fspath(directory)!r}: {error.filename} is missing"
-            ) from None
+            raise ValueError(f"no tokenizer in {os.fspath(directory)!r}: {error.filename} is missing") from None
         except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-            raise ValueError(
-                f"{os.path.join(directory, _META_FILE)} is damaged; train the tokenizer again"
-            ) from None
+            raise ValueError(f"{os.path.join(directory, _META_FILE)} is damaged; train the tokenizer again") from None
         if hashlib.sha256(model).hexdigest() != digest:
             raise ValueError(f"{os.path.join(directory, _MODEL_FILE)} is damaged: its digest is not {digest}")
         return cls(model)

@@ -51,9 +51,7 @@ def make_generator(
     config = model.config
     beyond = [i for i in sampling.stop_ids if i >= config.vocab_size]
     if beyond:
-        raise ValueError(
-            f"Sampling.stop_ids {beyond} lie beyond the model's vocabulary of {config.vocab_size}"
-        )
+        raise ValueError(f"Sampling.stop_ids {beyond} lie beyond the model's vocabulary of {config.vocab_size}")
     stop_ids = jnp.asarray(sampling.stop_ids, jnp.int32)
 
     def forward(params, ids_BT, positions_BT, segments_BT, cache):

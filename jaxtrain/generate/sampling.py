@@ -35,15 +35,11 @@ class Sampling:
     def __post_init__(self):
         object.__setattr__(self, "stop_ids", tuple(self.stop_ids))
         if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(
-                f"Sampling.temperature must be a finite number, at least 0; got {self.temperature}"
-            )
+            raise ValueError(f"Sampling.temperature must be a finite number, at least 0; got {self.temperature}")
         if self.top_k < 0:
             raise ValueError(f"Sampling.top_k must be at least 0 (0 keeps every id); got {self.top_k}")
         if not 0 < self.top_p <= 1:
-            raise ValueError(
-                f"Sampling.top_p must be above 0 and at most 1 (1 keeps every id); got {self.top_p}"
-            )
+            raise ValueError(f"Sampling.top_p must be above 0 and at most 1 (1 keeps every id); got {self.top_p}")
         bad = [i for i in self.stop_ids if isinstance(i, bool) or not isinstance(i, int) or i < 0]
         if bad:
             raise ValueError(f"Sampling.stop_ids must be token ids, integers of at least 0; got {bad}")

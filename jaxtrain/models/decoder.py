@@ -113,7 +113,12 @@ class Block(nnx.Module):
     def __call__(self, x_BTD, *, rope, positions, segments, constrain, rng=None, cache=None):
         first, second = (None, None) if rng is None else jax.random.split(rng)
         attended, kv = self.attention(
-            self.attention_norm(x_BTD), rope=rope, positions=positions, segments=segments, constrain=constrain, cache=cache
+            self.attention_norm(x_BTD),
+            rope=rope,
+            positions=positions,
+            segments=segments,
+            constrain=constrain,
+            cache=cache,
         )
         x_BTD = x_BTD + dropout(attended, self.dropout, first)
         x_BTD = x_BTD + dropout(self.mlp(self.mlp_norm(x_BTD), constrain), self.dropout, second)
@@ -163,7 +168,7 @@ def _forward(
 ) -> Outputs:
     positions, segments = tokens.positions, tokens.segments
     T = tokens.ids.shape[1]
-    if T > config.max_positions:
+    if config.max_positions < T:
         raise ValueError(f"{T} tokens in a row, but the model's max_positions is {config.max_positions}")
     pin = partial(constrain, rules=rules)
     if config.dropout == 0.0:

@@ -58,9 +58,7 @@ def functionalize(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
 def stack(one: Functional, count: int) -> Functional:
     """``count`` copies with parameters stacked on a leading ``layers`` axis; ``call`` still takes one layer's."""
     axes = jax.tree.map(lambda names: ("layers", *names), one.axes, is_leaf=lambda x: isinstance(x, tuple))
-    return Functional(
-        init=lambda key: jax.vmap(one.init)(jax.random.split(key, count)), call=one.call, axes=axes
-    )
+    return Functional(init=lambda key: jax.vmap(one.init)(jax.random.split(key, count)), call=one.call, axes=axes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

@@ -164,8 +164,7 @@ def head(outputs: Outputs, name: str, objective: str) -> Array:
     if found is None:
         kind = {"logits": "lm", "rewards": "reward", "values": "value"}[name]
         raise ValueError(
-            f"{objective} reads Outputs.{name}, but the model has no {kind!r} head: "
-            f"add {kind!r} to the model's heads"
+            f"{objective} reads Outputs.{name}, but the model has no {kind!r} head: add {kind!r} to the model's heads"
         )
     return found
 

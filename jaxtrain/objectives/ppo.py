@@ -92,9 +92,7 @@ class PPOPolicy:
         log_ratio = jnp.where(weights != 0, logps - batch.old_logps, 0.0)
         reference_logps = jnp.where(weights != 0, batch.reference_logps, logps)
         ratio = bounded_exp(log_ratio, MAX_LOG_RATIO)
-        losses, clipped = clipped_policy_loss(
-            ratio, batch.advantages, self.clip_low, self.clip_high, self.dual_clip
-        )
+        losses, clipped = clipped_policy_loss(ratio, batch.advantages, self.clip_low, self.clip_high, self.dual_clip)
         total = weighted_total(losses, weights)
         entropies = entropy(logits, self.temperature)
         if self.entropy_coef:
@@ -206,9 +204,7 @@ def clipped_policy_loss(
     return losses, jnp.where(losses != plain, 1.0, 0.0)
 
 
-def clipped_value_loss(
-    values: Array, old_values: Array, returns: Array, clip: float | None
-) -> tuple[Array, Array]:
+def clipped_value_loss(values: Array, old_values: Array, returns: Array, clip: float | None) -> tuple[Array, Array]:
     """``½ max((V−R)², (clip(V, V_old ± ε) − R)²)``.
 
     Returns: the loss, and 1.0 where clipping binds; both of the arguments' shape.

@@ -36,9 +36,7 @@ def _compile(pattern: str, where: str) -> re.Pattern:
     try:
         return re.compile(pattern)
     except re.error as error:
-        raise ValueError(
-            f"{where}: the pattern {pattern!r} is not a valid regular expression: {error}."
-        ) from error
+        raise ValueError(f"{where}: the pattern {pattern!r} is not a valid regular expression: {error}.") from error
 
 
 def rule_mask(params: Any, rules: Rules, *, where: str, every_rule_matches: bool = True) -> Any:
@@ -55,8 +53,7 @@ def rule_mask(params: Any, rules: Rules, *, where: str, every_rule_matches: bool
         for pattern, _ in compiled:
             if not any(pattern.search(path) for path in paths):
                 raise ValueError(
-                    f"{where}: the pattern {pattern.pattern!r} matches no parameter. "
-                    f"Parameters are {', '.join(paths)}."
+                    f"{where}: the pattern {pattern.pattern!r} matches no parameter. Parameters are {', '.join(paths)}."
                 )
 
     def decide(path, _):
@@ -93,7 +90,5 @@ def frozen_mask(params: Any, patterns: Sequence[str], *, where: str = "frozen") 
         lambda path, _: any(re.search(pattern, path_name(path)) for pattern in patterns), params
     )
     if paths and all(jax.tree.leaves(mask)):
-        raise ValueError(
-            f"{where}: the patterns {list(patterns)} freeze every parameter; leave at least one to train."
-        )
+        raise ValueError(f"{where}: the patterns {list(patterns)} freeze every parameter; leave at least one to train.")
     return mask

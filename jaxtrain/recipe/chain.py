@@ -32,9 +32,7 @@ Summary = list[dict[str, Any]]
 PLACEMENT = ("mesh", "checkpoint_every", "keep", "max_skipped")
 
 
-def run_recipe(
-    recipe: Recipe, config_text: str, out: Path, say: Callable[[str], None]
-) -> tuple[Summary, list[str]]:
+def run_recipe(recipe: Recipe, config_text: str, out: Path, say: Callable[[str], None]) -> tuple[Summary, list[str]]:
     """Runs every stage, writes ``summary.json`` and ``report.html``; returns the summary and what failed to improve.
 
     config_text: the resolved gin, kept as ``config.gin``.  say: prints a line for the user.
@@ -141,7 +139,8 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
         "parameters": job.model.num_params(),
         "evaluation": [
-            {name: row[name] for name in ("metric", "better", "required")} | {"before": old["value"], "after": row["value"]}
+            {name: row[name] for name in ("metric", "better", "required")}
+            | {"before": old["value"], "after": row["value"]}
             for old, row in zip(before, after, strict=True)
         ],
         "environment": environment(),
@@ -151,17 +150,19 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
 
 
 def _untrained_samples(runtime: Runtime) -> None:
-    """What the first stage's model writes before any training."""
-    stage = runtime.recipe.stages[0]
+    """What the first stage's model writes before any training; nothing where it starts from another run."""
+    stage, samples = runtime.recipe.stages[0], runtime.recipe.samples
+    inputs = {"model": to_json(stage.model), "samples": to_json(samples), "seed": runtime.recipe.seed}
+    key = hash_json({**inputs, "tokenizer": runtime.tokenizer.digest, "init": stage.init})
     path = stage_folder(runtime.out, "untrained") / "samples.json"
-    if path.exists() or stage.init is not None or "lm" not in stage.model.heads:
+    if (read_json(path) or {}).get("hash") == key:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    params = init_params(build_model(stage.model), make_mesh(stage.mesh), runtime.recipe.seed)
-    samples = take_samples(
-        "untrained", build_model(stage.model), params, runtime.tokenizer, runtime.recipe.samples, chat=False
-    )
-    write_json(path, samples)
+    model = build_model(stage.model)
+    wanted = samples if stage.init is None and "lm" in stage.model.heads else Samples()
+    params = init_params(model, make_mesh(stage.mesh), runtime.recipe.seed)
+    taken = take_samples("untrained", model, params, runtime.tokenizer, wanted, chat=False)
+    write_json(path, {**taken, "hash": key})
 
 
 def environment() -> dict[str, str]:

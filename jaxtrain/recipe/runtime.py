@@ -97,7 +97,10 @@ class Runtime:
             folder=folder,
             config=from_json(read_meta(folder / "checkpoints")["model"], MODEL_CONFIGS),
             checkpoint=result["checkpoint"],
-            ancestry=(*result["parents"], {"stage": result["stage"], "hash": result["hash"], "checkpoint": result["checkpoint"]}),
+            ancestry=(
+                *result["parents"],
+                {"stage": result["stage"], "hash": result["hash"], "checkpoint": result["checkpoint"]},
+            ),
             tokenizer=result["tokenizer"],
             chat=result["chat"],
         )

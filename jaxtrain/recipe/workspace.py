@@ -61,7 +61,9 @@ def locked(out: Path) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ValueError(f"{out} is in use by another jaxtrain process; wait for it, or choose another --out") from None
+            raise ValueError(
+                f"{out} is in use by another jaxtrain process; wait for it, or choose another --out"
+            ) from None
         yield
 
 

@@ -177,15 +177,10 @@ def _axes(frame: _Frame, x_label: str) -> list[str]:
             continue
         x = frame.x(tick)
         out.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{base}" y2="{base + 4}"/>')
-        out.append(
-            f'<text class="tick" x="{x:.1f}" y="{base + 15}" text-anchor="middle">'
-            f"{format_number(tick)}</text>"
-        )
+        out.append(f'<text class="tick" x="{x:.1f}" y="{base + 15}" text-anchor="middle">{format_number(tick)}</text>')
     out.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{base}" y2="{base}"/>')
     middle = (LEFT + WIDTH - RIGHT) / 2
-    out.append(
-        f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>'
-    )
+    out.append(f'<text class="label" x="{middle}" y="{HEIGHT - 6}" text-anchor="middle">{escape(x_label)}</text>')
     return out
 
 

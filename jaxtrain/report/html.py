@@ -50,9 +50,7 @@ def render(run_dir: Path | str) -> str:
         samples=samples,
         distributions=view.distributions(run),
         times=view.time_chart(run),
-        total=sum(
-            s.result["seconds"] for s in run.stages if isinstance(s.result.get("seconds"), int | float)
-        ),
+        total=sum(s.result["seconds"] for s in run.stages if isinstance(s.result.get("seconds"), int | float)),
         environments=view.environments(run),
         config=run.config,
         missing=run.missing,

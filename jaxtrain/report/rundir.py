@@ -94,9 +94,7 @@ class _Reader:
             try:
                 row = json.loads(line)
             except json.JSONDecodeError:
-                self.missing.append(
-                    f"{path.relative_to(self.root)} line {number} is not valid JSON (cut short?)"
-                )
+                self.missing.append(f"{path.relative_to(self.root)} line {number} is not valid JSON (cut short?)")
                 continue
             if isinstance(row, Mapping):
                 rows.append(dict(row))
@@ -134,18 +132,19 @@ def read_run(directory: Path | str) -> Run:
     summary = [row for row in reader.json(root / "summary.json", list) if isinstance(row, dict)]
     config = reader.text(root / "config.gin") or ""
     folders = (
-        sorted(p for p in (root / "stages").iterdir() if p.is_dir() and p.name != SUPERSEDED) if (root / "stages").is_dir() else []
+        sorted(p for p in (root / "stages").iterdir() if p.is_dir() and p.name != SUPERSEDED)
+        if (root / "stages").is_dir()
+        else []
     )
     found = {folder.name: reader.stage(folder) for folder in folders}
     untrained = found.pop(UNTRAINED, None)
     if untrained is None:
         untrained = reader.stage(root / "stages" / UNTRAINED)
     stages = _ordered(list(found.values()), summary)
-    named = [row.get("stage") for row in summary]
-    named += [parent.get("stage") for stage in stages for parent in stage.parents]
+    named = [row.get("stage") for row in summary]  # an ancestor may lie in another run's folder
     for name in dict.fromkeys(n for n in named if isinstance(n, str)):
         if name not in found:
-            reader.missing.append(f"stages/{name} is named by the summary or by a descendant, but is missing")
+            reader.missing.append(f"stages/{name} is named by the summary, but is missing")
     if not stages:
         reader.missing.append("no stage has left anything under stages/")
     return Run(

@@ -15,9 +15,7 @@ from jaxtrain.report.rundir import UNTRAINED, Run, StageRun
 from jaxtrain.report.table import format_seconds
 
 # What a reader looks at first; everything else a stage logged is one click away.
-MAIN = re.compile(
-    r"(^|/)loss$|reward|score|accurac|margin|(^|[/_])kl($|_avg)|bits_per_byte|perplexity", re.IGNORECASE
-)
+MAIN = re.compile(r"(^|/)loss$|reward|score|accurac|margin|(^|[/_])kl($|_avg)|bits_per_byte|perplexity", re.IGNORECASE)
 MINOR = re.compile(r"non_score|coef|^critic/|^weight$|min_|max_|/std")
 HIDDEN = {"weight"}
 PAIR = re.compile(r"^(.*?)([/_]?)(chosen|rejected)$")
@@ -125,8 +123,7 @@ def samples_table(run: Run) -> tuple[list[str], list[tuple[str, list[str | None]
     """Stage names, and for each prompt the completion after each of them (None: not sampled)."""
     stages = _sampled(run, "samples")
     columns = [
-        {str(entry.get("prompt")): entry.get("completion") for entry in _entries(stage, "samples")}
-        for stage in stages
+        {str(entry.get("prompt")): entry.get("completion") for entry in _entries(stage, "samples")} for stage in stages
     ]
     prompts = list(dict.fromkeys(prompt for column in columns for prompt in column))
     rows = [(visible(p), [visible(c[p]) if c.get(p) is not None else None for c in columns]) for p in prompts]

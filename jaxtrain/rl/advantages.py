@@ -82,9 +82,7 @@ def token_rewards(
     return rewards, (valid | at_end).astype(rewards.dtype)
 
 
-def updated_kl_coef(
-    kl_coef: Array | float, kl: Array | float, *, target: float, samples: int, horizon: int
-) -> Array:
+def updated_kl_coef(kl_coef: Array | float, kl: Array | float, *, target: float, samples: int, horizon: int) -> Array:
     """The adaptive controller: ``kl_coef · (1 + clip(kl / target − 1, ±0.2) · samples / horizon)``.
 
     kl: measured on the last rollout, of the unit of ``target`` (nats per completion is usual).

@@ -76,9 +76,7 @@ class PPOConfig:
         check_range(self, "normalise_batches", 0)
         for field in ("gamma", "lam"):
             if not 0 <= getattr(self, field) <= 1:
-                raise ValueError(
-                    f"PPOConfig.{field} is {getattr(self, field)!r}; give it a number from 0 to 1"
-                )
+                raise ValueError(f"PPOConfig.{field} is {getattr(self, field)!r}; give it a number from 0 to 1")
         for field in ("kl_target", "target_kl_stop"):
             if getattr(self, field) is not None:
                 check_range(self, field, 0.0, open_low=True)
@@ -92,9 +90,7 @@ class PPOConfig:
                 f"{self.prompts_per_iteration}: make it at most that"
             )
         if self.kl_target is not None and self.kl_placement == "loss":
-            raise ValueError(
-                "PPOConfig.kl_target steers the KL in the reward: set kl_placement='reward', or no target"
-            )
+            raise ValueError("PPOConfig.kl_target steers the KL in the reward: set kl_placement='reward', or no target")
         if self.missing_eos_penalty is not None and self.missing_eos_score is not None:
             raise ValueError(
                 "PPOConfig.missing_eos_penalty and missing_eos_score are both set, and only one can decide"

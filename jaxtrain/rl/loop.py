@@ -91,9 +91,7 @@ class PPOLoop:
         shared = config.critic == "shared"
         if shared != (critic is None) or shared != (critic_step is None):
             given = "none" if critic is None else "one"
-            raise ValueError(
-                f"PPOConfig.critic is {config.critic!r}, but {given} was given beside the policy"
-            )
+            raise ValueError(f"PPOConfig.critic is {config.critic!r}, but {given} was given beside the policy")
         valued = policy if shared else critic
         if "value" not in valued.config.heads:
             raise ValueError(f"the critic has the heads {valued.config.heads}: no 'value' among them")
@@ -118,9 +116,7 @@ class PPOLoop:
         iteration = int(state.iteration)
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             self.normalise_rewards()
-            rollout, metrics = self.make_rollout(
-                policy.params, critic and critic.params, iteration, state.kl_coef
-            )
+            rollout, metrics = self.make_rollout(policy.params, critic and critic.params, iteration, state.kl_coef)
             policy, critic, updates = self.update(policy, critic, rollout, iteration)
         kl_coef = state.kl_coef
         metrics["objective/kl_coef"] = float(kl_coef)
@@ -174,9 +170,7 @@ class PPOLoop:
         """
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             self.normalise_rewards()
-            ids, lengths = self.place(
-                (np.asarray(prompts.ids, np.int32), np.asarray(prompts.lengths, np.int32))
-            )
+            ids, lengths = self.place((np.asarray(prompts.ids, np.int32), np.asarray(prompts.lengths, np.int32)))
             generated = fetch_all(self.sampler(params, ids, lengths, key))
             tokens = completion_tokens(prompts, generated)
             scored = partial(
@@ -252,9 +246,7 @@ class PPOLoop:
         )
         return rollout, metrics
 
-    def score_texts(
-        self, prompts: PromptBatch, generated: Generated
-    ) -> tuple[np.ndarray, np.ndarray, Metrics]:
+    def score_texts(self, prompts: PromptBatch, generated: Generated) -> tuple[np.ndarray, np.ndarray, Metrics]:
         prompt_ids, ids = prompt_lists(prompts), completion_ids(generated)
         columns = prompts.rows or [{}] * len(ids)
         rows = [
@@ -290,9 +282,7 @@ class PPOLoop:
             if config.target_kl_stop is not None and drift > 1.5 * config.target_kl_stop:
                 break
         metrics = {
-            name: history[-1][name]
-            if name.split("/")[-1] in LAST
-            else float(np.mean([x[name] for x in history]))
+            name: history[-1][name] if name.split("/")[-1] in LAST else float(np.mean([x[name] for x in history]))
             for name in history[0]
         }
         metrics["val/ratio_var"] = float(np.var([x["val/ratio"] for x in history]))

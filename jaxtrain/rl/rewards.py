@@ -53,9 +53,7 @@ class LengthReward:
 
     def __post_init__(self):
         if not 0 <= self.minimum <= self.maximum:
-            raise ValueError(
-                f"LengthReward needs 0 <= minimum <= maximum; got {self.minimum} and {self.maximum}"
-            )
+            raise ValueError(f"LengthReward needs 0 <= minimum <= maximum; got {self.minimum} and {self.maximum}")
         if self.ramp < 1:
             raise ValueError(f"LengthReward.ramp must be at least 1 token; got {self.ramp}")
 
@@ -98,10 +96,7 @@ class FormatReward:
         }
 
     def __call__(self, prompts, completions, completion_ids, rows) -> list[float | None]:
-        met = [
-            self.criteria(completion, row["stopped"])
-            for completion, row in zip(completions, rows, strict=True)
-        ]
+        met = [self.criteria(completion, row["stopped"]) for completion, row in zip(completions, rows, strict=True)]
         return [sum(criteria.values()) / len(criteria) for criteria in met]
 
 
@@ -140,9 +135,7 @@ class ModelReward:
                 f" max_positions={self.model.config.max_positions}; shorten them"
             )
         if "reward" not in self.model.config.heads:
-            raise ValueError(
-                f"the reward model has the heads {self.model.config.heads}: no 'reward' among them"
-            )
+            raise ValueError(f"the reward model has the heads {self.model.config.heads}: no 'reward' among them")
 
     def raw(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> np.ndarray:
         """The scores before shift and gain, float32 ``[B]``."""
@@ -150,8 +143,7 @@ class ModelReward:
         for i, row in enumerate(rows):
             if not 0 < len(row) <= self.length:
                 raise ValueError(
-                    f"row {i} has {len(row)} tokens of prompt and completion; the reward model reads 1 to"
-                    f" {self.length}"
+                    f"row {i} has {len(row)} tokens of prompt and completion; the reward model reads 1 to {self.length}"
                 )
         scores = []
         for start in range(0, len(rows), self.batch_size):
@@ -173,9 +165,7 @@ class ModelReward:
             scores.append(fetch(_scores_at(self.model.apply, self.params, tokens, last))[: len(chunk)])
         return np.concatenate(scores).astype(np.float32)
 
-    def normalised(
-        self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]
-    ) -> ModelReward:
+    def normalised(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> ModelReward:
         """The same reward with shift and gain such that these completions have mean 0 and deviation 1.
 
         Raises ValueError if their scores are not finite or do not differ.
@@ -222,9 +212,7 @@ def score_completions(
     Raises ValueError, naming the reward, for a wrong number of scores and for one that is not finite.
     """
     if len(rewards) != len(weights) or not rewards:
-        raise ValueError(
-            f"give one weight for each reward and at least one; got {len(rewards)} and {len(weights)}"
-        )
+        raise ValueError(f"give one weight for each reward and at least one; got {len(rewards)} and {len(weights)}")
     total = np.zeros(len(completions), np.float64)
     applicable = np.zeros(len(completions), bool)
     metrics: dict[str, float] = {}

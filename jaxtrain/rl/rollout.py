@@ -129,9 +129,7 @@ def take_rows(batch: Rollout | Tokens, chosen: np.ndarray, size: int) -> Any:
     real = (np.arange(size) < len(chosen)).astype(np.float32)[:, None]
     if isinstance(taken, Tokens):
         return dataclasses.replace(taken, weights=taken.weights * real)
-    return dataclasses.replace(
-        taken, tokens=dataclasses.replace(taken.tokens, weights=taken.tokens.weights * real)
-    )
+    return dataclasses.replace(taken, tokens=dataclasses.replace(taken.tokens, weights=taken.tokens.weights * real))
 
 
 def sampler_logps(generated: Generated, tokens: Tokens) -> np.ndarray:

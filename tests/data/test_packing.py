@@ -185,9 +185,7 @@ def test_prompts_are_padded_on_the_left():
         packing.pad_prompts(arrays([[1, 2, 3]]), 2, pad_id=0)
 
 
-@pytest.mark.parametrize(
-    ("ids", "message"), [([3, 10], "id 10 at position 1"), ([-1], "id -1 at position 0")]
-)
+@pytest.mark.parametrize(("ids", "message"), [([3, 10], "id 10 at position 1"), ([-1], "id -1 at position 0")])
 def test_ids_outside_the_vocabulary_are_named(ids, message):
     packing.check_ids(np.array([0, 9]), 10, "fine")
     packing.check_ids(np.array([], np.int32), 10, "fine")

@@ -95,8 +95,7 @@ def test_json_lines_text(tmp_path):
 
 def test_rows_of_a_prompt_stay_together_and_keep_their_columns(tmp_path):
     rows = [
-        {"prompt": f"p{i % 20}", "chosen": f"c{i}", "rejected": f"r{i}", "margin": 0.5, "extra": i}
-        for i in range(60)
+        {"prompt": f"p{i % 20}", "chosen": f"c{i}", "rejected": f"r{i}", "margin": 0.5, "extra": i} for i in range(60)
     ]
     source = JsonLines(pattern=write_lines(tmp_path / "a.jsonl", *rows), heldout_fraction=0.4)
     columns = ("prompt", "chosen", "rejected")

@@ -67,9 +67,7 @@ def teacher_forced(model):
 
 @pytest.mark.smoke
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_decoding_equals_teacher_forcing_also_after_a_weight_update(
-    model, params, teacher_forced, temperature
-):
+def test_decoding_equals_teacher_forcing_also_after_a_weight_update(model, params, teacher_forced, temperature):
     generate = make_generator(model, Sampling(temperature=temperature, stop_ids=(4, 17)), N)
     ids, lengths = left_pad(PROMPTS)
     perturbed = jax.tree.map(lambda x: x + 0.01 * jax.random.normal(jax.random.key(7), x.shape), params)
@@ -112,9 +110,7 @@ def test_stopping(model, params):
     free = make_generator(model, Sampling(), N)(params, *left_pad(PROMPTS), jax.random.key(3))
     assert free.lengths.tolist() == [N] * len(PROMPTS) and not free.stopped.any()
     stop = tuple(np.argsort(-np.bincount(np.asarray(free.ids).ravel()), stable=True)[:2].tolist())
-    generated = make_generator(model, Sampling(stop_ids=stop), N)(
-        params, *left_pad(PROMPTS), jax.random.key(3)
-    )
+    generated = make_generator(model, Sampling(stop_ids=stop), N)(params, *left_pad(PROMPTS), jax.random.key(3))
     seen = set()
     for row in range(len(PROMPTS)):
         whole = np.asarray(free.ids[row]).tolist()

@@ -53,9 +53,7 @@ def test_text_in_and_out(model):
     )
     assert {completion.stopped for completion in completions} == {True, False}
     for completion in completions:
-        assert completion.text == Letters().decode(
-            completion.ids[:-1] if completion.stopped else completion.ids
-        )
+        assert completion.text == Letters().decode(completion.ids[:-1] if completion.stopped else completion.ids)
         assert completion.stopped == (completion.ids[-1] in sampling.stop_ids)
         assert completion.stopped or len(completion.ids) == 8
     assert stats.tokens == sum(len(completion.ids) for completion in completions)
@@ -72,9 +70,7 @@ def test_text_in_and_out(model):
         encode=lambda text: [1, *Letters().encode(text)] if text else [26],
     )
     assert again == completions
-    other, _ = generate_text(
-        model, params, Letters(), ["abc", "z"] * 4, sampling=sampling, max_new_tokens=8, seed=4
-    )
+    other, _ = generate_text(model, params, Letters(), ["abc", "z"] * 4, sampling=sampling, max_new_tokens=8, seed=4)
     assert other != completions
 
 

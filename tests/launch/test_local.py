@@ -38,9 +38,7 @@ def launch(code: str, tmp_path: Path, *options: str, env: dict[str, str] | None 
     """(exit code, starts, the supervisor's lines, stdout).  The child runs ``code``; n counts its starts."""
     starts = tmp_path / "starts"
     env = os.environ | (env or {})
-    done = subprocess.run(
-        command(code, starts, *options), capture_output=True, text=True, env=env, timeout=120
-    )
+    done = subprocess.run(command(code, starts, *options), capture_output=True, text=True, env=env, timeout=120)
     return done.returncode, len(starts.read_text().split()), done.stderr.splitlines(), done.stdout
 
 

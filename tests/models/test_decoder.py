@@ -36,9 +36,7 @@ def make_tokens(ids, segments=None, positions=None):
         for row, numbers in zip(positions, segments, strict=True):
             for number in set(numbers) - {0}:
                 row[numbers == number] = np.arange((numbers == number).sum())
-    return Tokens(
-        ids=ids, targets=ids, weights=np.ones(ids.shape, np.float32), positions=positions, segments=segments
-    )
+    return Tokens(ids=ids, targets=ids, weights=np.ones(ids.shape, np.float32), positions=positions, segments=segments)
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +78,7 @@ def test_nothing_depends_on_a_later_token_or_another_segment(model, params, pack
 
     def outputs(table):
         out = wide.apply({**own, "embed": {"embedding": table}}, tokens)
-        return jnp.concatenate(
-            [out.logits[0, :, :3], out.rewards[0, :, None], out.values[0, :, None]], axis=-1
-        )
+        return jnp.concatenate([out.logits[0, :, :3], out.rewards[0, :, None], out.values[0, :, None]], axis=-1)
 
     jacobian = np.asarray(jax.jit(jax.jacrev(outputs))(own["embed"]["embedding"]))  # [T, outputs, T, D]
     depends = np.any(jacobian != 0, axis=-1).transpose(0, 2, 1)  # [output position, input position, output]
@@ -120,9 +116,7 @@ def test_initial_values_depend_on_the_key_and_the_name_alone():
     for name, part in lm.items():
         jax.tree.map(np.testing.assert_array_equal, part, everything[name])
     assert set(everything) - set(lm) == {"reward_head", "value_head"}
-    assert np.all(everything["value_head"]["kernel"] == 0) and np.any(
-        everything["reward_head"]["kernel"] != 0
-    )
+    assert np.all(everything["value_head"]["kernel"] == 0) and np.any(everything["reward_head"]["kernel"] != 0)
     query = everything["layers"]["attention"]["query"]["kernel"]
     assert np.all(query[0] != query[1])
     other = jax.jit(make(tie_embeddings=False).init)(jax.random.key(1))
@@ -155,9 +149,7 @@ def test_the_cache_gives_what_the_whole_row_gives(qk_norm):
 
 
 def test_the_cache_has_an_end(model):
-    with pytest.raises(
-        ValueError, match="a cache of 33 positions is longer than the model's max_positions=32"
-    ):
+    with pytest.raises(ValueError, match="a cache of 33 positions is longer than the model's max_positions=32"):
         init_cache(model.config, 1, 33)
 
 
@@ -257,9 +249,7 @@ def test_qk_norm_bounds_the_logits(packed):
 def test_rope_of_the_config_is_used(params, forward, packed):
     stretched = make(rope=Rope(scaling="linear", factor=2.0))
     twice = dataclasses.replace(packed, positions=packed.positions * 2)
-    np.testing.assert_allclose(
-        read(jax.jit(stretched.apply)(params, twice)), read(forward(params, packed)), atol=1e-4
-    )
+    np.testing.assert_allclose(read(jax.jit(stretched.apply)(params, twice)), read(forward(params, packed)), atol=1e-4)
 
 
 def test_too_long_a_row_is_refused(model, params):

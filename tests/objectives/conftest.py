@@ -141,9 +141,7 @@ def tiny_config(**changes) -> DecoderConfig:
 def random_params(model, seed=0):
     """Larger than an initialisation, so that the outputs differ well between tokens; the value head too."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(
-        lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), model.shapes()
-    )
+    return jax.tree.map(lambda leaf: jnp.asarray(0.3 * rng.normal(size=leaf.shape), leaf.dtype), model.shapes())
 
 
 @pytest.fixture(scope="session")
@@ -201,9 +199,7 @@ def evaluate(model):
                 loss = objective(apply, params, batch, None)
                 return loss.total, loss
 
-            compiled[objective] = jax.jit(
-                jax.value_and_grad(total, has_aux=True), compiler_options=COMPILE_FAST
-            )
+            compiled[objective] = jax.jit(jax.value_and_grad(total, has_aux=True), compiler_options=COMPILE_FAST)
         (_, loss), grads = compiled[objective](params, jax.tree.map(jnp.asarray, batch))
         return jax.device_get((loss, grads))
 

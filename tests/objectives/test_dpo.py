@@ -45,9 +45,7 @@ def golden_batch():
     for i in (0, 1):
         zeros = np.zeros((1, T), np.int32)
         segments = (np.arange(T) <= n[i]).astype(np.int32)[None]
-        sides.append(
-            Tokens(ids=zeros + i, targets=zeros, weights=weights[i][None], positions=zeros, segments=segments)
-        )
+        sides.append(Tokens(ids=zeros + i, targets=zeros, weights=weights[i][None], positions=zeros, segments=segments))
     p = np.exp([-10 / 5, -12 / 4])
     logits = np.log(np.stack([p, 1 - p], -1))  # by the id read
     numbers = {"reference_chosen": [-11.0], "reference_rejected": [-11.5], "margin": [0.0], "weight": [1.0]}

@@ -23,15 +23,11 @@ def two_rows():
     p = np.exp(-losses)
     logits = np.log(np.stack([p, 1 - p], -1))[:, None].repeat(6, 1) + 3.0
     zeros = np.zeros((2, 6), np.int32)
-    tokens = Tokens(
-        ids=zeros, targets=zeros, weights=weights, positions=zeros, segments=weights.astype(np.int32)
-    )
+    tokens = Tokens(ids=zeros, targets=zeros, weights=weights, positions=zeros, segments=weights.astype(np.int32))
     return logits, tokens
 
 
-@pytest.mark.parametrize(
-    ("objective", "golden"), [(SFT(reduction="sequence"), 0.75), (SFT(), 0.625), (LM(), 0.625)]
-)
+@pytest.mark.parametrize(("objective", "golden"), [(SFT(reduction="sequence"), 0.75), (SFT(), 0.625), (LM(), 0.625)])
 def test_reduction_golden(objective, golden):
     with jax.enable_x64(True):
         loss = objective(logits_apply, *two_rows(), None)

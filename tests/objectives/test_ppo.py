@@ -100,9 +100,7 @@ def test_policy_terms_and_metrics(lookup, tools):
     }
     assert loss.metrics.keys() == terms.keys()
     for name, value in terms.items():
-        np.testing.assert_allclose(
-            mean(loss.metrics[name]), (w * value).sum() / w.sum(), rtol=1e-5, err_msg=name
-        )
+        np.testing.assert_allclose(mean(loss.metrics[name]), (w * value).sum() / w.sum(), rtol=1e-5, err_msg=name)
     expected = clipped - 0.1 * terms["policy/entropy_avg"] + 0.2 * terms["objective/kl"]
     np.testing.assert_allclose(loss.total, (w * expected).sum(), rtol=1e-5)
 

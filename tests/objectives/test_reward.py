@@ -59,9 +59,7 @@ def test_three_ranked_completions_golden():
     """K = 3 as three pairs of weight 1/3; a second prompt with one pair weighs as much as all three."""
     with jax.enable_x64(True):
         third = 1 / 3
-        loss = RewardModel()(
-            table_apply, jnp.asarray(SCORES), pairs([1, 1, 2], [2, 3, 3], weight=[third] * 3), None
-        )
+        loss = RewardModel()(table_apply, jnp.asarray(SCORES), pairs([1, 1, 2], [2, 3, 3], weight=[third] * 3), None)
         np.testing.assert_allclose(loss.total / loss.weight, 0.329584, atol=1e-6, rtol=0)
         two = RewardModel()(
             table_apply,

@@ -266,19 +266,13 @@ def test_dpo(torch, trainer_of, options):
     rows = [{name: row[name] for name in ("prompt", "chosen", "rejected")} for row in ROWS]
     policy, reference = (llama(torch, LlamaForCausalLM, seed) for seed in (0, 1))
     peer_options = {"loss_type" if name == "loss" else name: value for name, value in options.items()}
-    trainer, inputs = trainer_of(
-        DPOTrainer, DPOConfig, rows, policy, kwargs={"ref_model": reference}, **peer_options
-    )
+    trainer, inputs = trainer_of(DPOTrainer, DPOConfig, rows, policy, kwargs={"ref_model": reference}, **peer_options)
     apply, params = decoder("lm").apply, ours(policy.state_dict())
     batch = shifted_pairs(inputs, "completion_mask")
-    batch = jax.jit(partial(add_reference, apply), compiler_options=COMPILE_FAST)(
-        ours(reference.state_dict()), batch
-    )
+    batch = jax.jit(partial(add_reference, apply), compiler_options=COMPILE_FAST)(ours(reference.state_dict()), batch)
     names = ("rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies")
     names += ("logps/chosen", "logps/rejected")
-    check_step(
-        our_step(apply, DPO(**options))(params, batch), peer_step(trainer, inputs), {n: n for n in names}
-    )
+    check_step(our_step(apply, DPO(**options))(params, batch), peer_step(trainer, inputs), {n: n for n in names})
 
 
 @pytest.mark.parametrize(

@@ -183,9 +183,7 @@ def test_every_optimizer_lowers_a_quadratic_and_keeps_frozen_parameters(name, fr
     tx = config.build(40, STRUCTS, AXES)
 
     def loss(p):
-        return sum(
-            jnp.sum(jnp.square(a - b)) for a, b in zip(*map(jax.tree.leaves, (p, target)), strict=True)
-        )
+        return sum(jnp.sum(jnp.square(a - b)) for a, b in zip(*map(jax.tree.leaves, (p, target)), strict=True))
 
     @jax.jit
     def step(p, state):
@@ -218,13 +216,9 @@ def test_decay_rules_and_their_mistakes():
     config = AdamW(schedule=Constant(peak=0.1), weight_decay=1.0, decay_rules=rules)
     got, _ = run(config.build(TOTAL, STRUCTS, AXES), start, [zero])
     np.testing.assert_array_equal(leaf(got, "embed/embedding"), leaf(start, "embed/embedding"))
-    np.testing.assert_allclose(
-        leaf(got, "layers/norm/scale"), 0.9 * leaf(start, "layers/norm/scale"), rtol=1e-6
-    )
+    np.testing.assert_allclose(leaf(got, "layers/norm/scale"), 0.9 * leaf(start, "layers/norm/scale"), rtol=1e-6)
     bad = AdamW(schedule=Constant(peak=0.1), decay_rules=(("kernel", True),))
-    with pytest.raises(
-        ValueError, match=r"AdamW\.decay_rules: no rule covers the parameter 'embed/embedding'"
-    ):
+    with pytest.raises(ValueError, match=r"AdamW\.decay_rules: no rule covers the parameter 'embed/embedding'"):
         bad.build(TOTAL, STRUCTS, AXES)
 
 

@@ -35,9 +35,7 @@ def test_warmup_fraction_is_of_the_run():
 def test_linear():
     # Decay from step 2 to step 6: (step - 2) / 4 of the way from 1 to 0.2.
     schedule = Linear(peak=1.0, warmup_steps=2, final_fraction=0.2)
-    np.testing.assert_allclose(
-        values(schedule, 6, range(8)), [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2], rtol=1e-6
-    )
+    np.testing.assert_allclose(values(schedule, 6, range(8)), [0.5, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2], rtol=1e-6)
 
 
 def test_cosine():

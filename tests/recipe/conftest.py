@@ -121,9 +121,7 @@ def write_data(folder: Path) -> None:
     for number, thing in enumerate(THINGS):
         lines = []
         for other, colour in enumerate(COLOURS):
-            lines.append(
-                f"The {colour} {thing} stood near the {THINGS[(number + other) % 10]}, number {other}.\n"
-            )
+            lines.append(f"The {colour} {thing} stood near the {THINGS[(number + other) % 10]}, number {other}.\n")
             rows.append(
                 {
                     "prompt": f"Is the {thing} {colour}?",
@@ -216,9 +214,7 @@ def start():
         env = os.environ | {
             "JAX_DEFAULT_MATMUL_PRECISION": "highest",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
-            "PYTHONPATH": os.pathsep.join(
-                p for p in [str(Path(command_line.__file__).parents[1]), *sys.path] if p
-            ),
+            "PYTHONPATH": os.pathsep.join(p for p in [str(Path(command_line.__file__).parents[1]), *sys.path] if p),
         }
         with log.open("w") as file:
             words = [sys.executable, "-m", "jaxtrain.main", *map(str, argv)]

@@ -80,9 +80,7 @@ def test_an_id_beyond_the_vocabulary(refused, monkeypatch, tmp_path):
     from jaxtrain.data.tokenizer import Tokenizer
 
     encode = Tokenizer.encode_batch
-    monkeypatch.setattr(
-        Tokenizer, "encode_batch", lambda self, texts: [[*ids, 300] for ids in encode(self, texts)]
-    )
+    monkeypatch.setattr(Tokenizer, "encode_batch", lambda self, texts: [[*ids, 300] for ids in encode(self, texts)])
     line = refused("Samples.prompts = ()", "Samples.next_token_prompts = ()", out=tmp_path / "fresh")
     assert "300" in line and "TextFiles" in line and "vocabulary" in line
 
@@ -113,10 +111,7 @@ def test_ppo_batches_are_checked_too(refused, tmp_path):
         "PPOConfig.minibatch_size = 4",
         out=tmp_path / "fresh",
     )
-    assert (
-        "stage ppo: ppo.minibatch_size=4 is not divisible by the 8 devices" in line
-        and "multiple of 8" in line
-    )
+    assert "stage ppo: ppo.minibatch_size=4 is not divisible by the 8 devices" in line and "multiple of 8" in line
 
 
 def test_a_checkpoint_of_another_model(refused, chain):
@@ -143,9 +138,7 @@ def test_a_full_disk_and_the_same_command_again(refused, chain, jaxtrain, monkey
     def usage(path):
         calls.append(path)
         found = real(path)
-        return (
-            found if len(calls) == 1 else types.SimpleNamespace(total=found.total, used=found.total, free=10)
-        )
+        return found if len(calls) == 1 else types.SimpleNamespace(total=found.total, used=found.total, free=10)
 
     monkeypatch.setattr(shutil, "disk_usage", usage)
     line = refused("dpo/Stage.steps = 5", out=out)

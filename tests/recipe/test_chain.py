@@ -81,9 +81,7 @@ def test_a_second_run_changes_nothing(chain, copied, jaxtrain):
         f"{name}: unchanged, skipped" for name in STAGES
     ]
     assert stamps(copied) == before
-    assert json.loads((copied / "summary.json").read_text()) == json.loads(
-        (chain.out / "summary.json").read_text()
-    )
+    assert json.loads((copied / "summary.json").read_text()) == json.loads((chain.out / "summary.json").read_text())
 
 
 @pytest.mark.parametrize(
@@ -158,26 +156,20 @@ def test_check_judges_the_first_directed_figure_and_what_is_required():
     def row(metric, before, after, better, required=None):
         return {"metric": metric, "before": before, "after": after, "better": better, "required": required}
 
-    assert (
-        shortfalls("s", [row("shown", 1, 9, "none"), row("loss", 2, 1, "lower"), row("other", 1, 2, "lower")])
-        == []
-    )
+    assert shortfalls("s", [row("shown", 1, 9, "none"), row("loss", 2, 1, "lower"), row("other", 1, 2, "lower")]) == []
     assert shortfalls("s", [row("loss", 1, 2, "lower")]) == ["s: loss went from 1 to 2; it should be lower"]
     assert len(shortfalls("s", [row("loss", 1, 1, "lower")])) == 1
     assert len(shortfalls("s", [row("loss", 1, float("nan"), "lower")])) == 1
-    assert shortfalls("s", [row("accuracy", 0.5, 0.7, "higher", 0.8)]) == [
-        "s: accuracy is 0.7, and 0.8 is required"
-    ]
+    assert shortfalls("s", [row("accuracy", 0.5, 0.7, "higher", 0.8)]) == ["s: accuracy is 0.7, and 0.8 is required"]
     assert shortfalls("s", [row("accuracy", 0.5, 0.8, "higher", 0.8)]) == []
 
 
 def test_a_folder_in_use_is_refused_and_what_lies_in_the_way_is_kept(tmp_path):
     with (
         locked(tmp_path / "run"),
-        pytest.raises(ValueError, match="run is in use by another jaxtrain process"),
+        pytest.raises(ValueError, match="run is in use by another jaxtrain process"),locked(tmp_path / "run")
     ):
-        with locked(tmp_path / "run"):
-            pass
+        pass
     with locked(tmp_path / "run"):
         pass
     stage = tmp_path / "run" / "stages" / "a"

@@ -107,30 +107,22 @@ def killed_lm(chain, tmp_path, start):
 
 
 @pytest.mark.parametrize("name", STAGES)
-def test_a_killed_run_logs_what_an_uninterrupted_one_does(
-    name, chain, uninterrupted, start, jaxtrain, tmp_path
-):
+def test_a_killed_run_logs_what_an_uninterrupted_one_does(name, chain, uninterrupted, start, jaxtrain, tmp_path):
     whole = uninterrupted(name)
     out = kill_midway(chain, name, tmp_path / "out", start, tmp_path / "log")
     again = jaxtrain(*arguments(chain, name, out))
     assert again.code == 0, again.err
     assert f"{name}: continuing after" in again.err
     assert logged(out, name) == whole
-    assert len([row for row in whole if "loss" in row or "objective/scores" in row]) == (
-        12 if name == "ppo" else 40
-    )
+    assert len([row for row in whole if "loss" in row or "objective/scores" in row]) == (12 if name == "ppo" else 40)
 
 
-def test_a_run_of_one_device_continues_on_one_and_on_eight(
-    chain, killed_lm, uninterrupted, jaxtrain, tmp_path
-):
+def test_a_run_of_one_device_continues_on_one_and_on_eight(chain, killed_lm, uninterrupted, jaxtrain, tmp_path):
     whole = uninterrupted("lm")
     wide = shutil.copytree(killed_lm, tmp_path / "wide")
     one = jaxtrain(*arguments(chain, "lm", killed_lm))
     eight = jaxtrain(
-        *arguments(
-            chain, "lm", wide, "Stage.mesh = @MeshConfig()", "MeshConfig.data = 4", "MeshConfig.fsdp = 2"
-        )
+        *arguments(chain, "lm", wide, "Stage.mesh = @MeshConfig()", "MeshConfig.data = 4", "MeshConfig.fsdp = 2")
     )
     for result, out in ((one, killed_lm), (eight, wide)):
         assert result.code == 0, result.err

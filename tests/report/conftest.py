@@ -94,9 +94,7 @@ def metrics(stage: str) -> str:
             row["loss"] = 90.0  # a spike that must not flatten the curve
         lines.append(row)
         if stage != "ppo" and step % (steps // 5) == 0 and step < steps:
-            lines.append(
-                {"step": step, "eval/loss": row["loss"] and row["loss"] + 0.1, "seconds": step * 0.3}
-            )
+            lines.append({"step": step, "eval/loss": row["loss"] and row["loss"] + 0.1, "seconds": step * 0.3})
     return "".join(json.dumps(line) + "\n" for line in lines)
 
 
@@ -152,9 +150,7 @@ def make_run(tmp_path):
             write_json(folder / "result.json", result)
         for stage in ("untrained", "pretrain", "midtrain", "sft", "dpo", "ppo"):
             write_json(root / "stages" / stage / "samples.json", samples(stage))
-        write_json(
-            root / "stages" / "reward" / "samples.json", {"stage": "reward", "samples": [], "next_tokens": []}
-        )
+        write_json(root / "stages" / "reward" / "samples.json", {"stage": "reward", "samples": [], "next_tokens": []})
         summary = [
             {"stage": s, "metric": m, "before": b, "after": a, "better": g, "seconds": SECONDS[s]}
             for s, m, b, a, g in SUMMARY

@@ -157,9 +157,7 @@ def test_titles_are_escaped():
 
 
 def test_bars_are_proportional():
-    svg = ET.fromstring(
-        str(bar_chart([("a", 50.0), ("a very long token", 25.0), ("c", NAN)], maximum=50.0, unit="%"))
-    )
+    svg = ET.fromstring(str(bar_chart([("a", 50.0), ("a very long token", 25.0), ("c", NAN)], maximum=50.0, unit="%")))
     widths = [float(e.get("width")) for e in svg.iter("rect")]
     assert widths[1] == pytest.approx(widths[0] / 2) and widths[2] == 0
     names = [e.text for e in svg.iter("text")]

@@ -204,9 +204,7 @@ def test_nulls_and_odd_values_do_not_break_it(make_run):
         ],
     )
     write_json(run / "stages" / "sft" / "result.json", {"stage": "sft", "seconds": None, "parents": None})
-    (run / "stages" / "sft" / "metrics.jsonl").write_text(
-        '{"step": 1, "loss": NaN}\n{"step": 2, "note": "text"}\n[]\n'
-    )
+    (run / "stages" / "sft" / "metrics.jsonl").write_text('{"step": 1, "loss": NaN}\n{"step": 2, "note": "text"}\n[]\n')
     _, page = report(run)
     assert "unknown lower is better" in page.text
     assert "no finite values" in page.text

@@ -35,8 +35,7 @@ def copy_prompts(count: int, width: int = 4, seed: int = 0):
 def copied_share(prompts, completions, completion_ids, rows):
     """The share of sampled tokens that equal the prompt's first."""
     return [
-        sum(i == row["prompt_ids"][0] for i in ids) / len(ids)
-        for ids, row in zip(completion_ids, rows, strict=True)
+        sum(i == row["prompt_ids"][0] for i in ids) / len(ids) for ids, row in zip(completion_ids, rows, strict=True)
     ]
 
 
@@ -92,9 +91,7 @@ class CopyRun:
         )
 
     def iterate(self):
-        self.policy, self.critic, self.state, metrics = self.loop.iterate(
-            self.policy, self.critic, self.state
-        )
+        self.policy, self.critic, self.state, metrics = self.loop.iterate(self.policy, self.critic, self.state)
         return metrics
 
 

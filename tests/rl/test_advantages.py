@@ -50,9 +50,7 @@ def test_gae_matches_the_series(gamma, lam):
     mask[0], mask[1] = True, False
     bootstrap = rng.normal(size=6) * np.array([1, 1, 0, 1, 0, 1])
     with jax.enable_x64(True):
-        advantages, returns = gae(
-            rewards, values, mask, gamma=gamma, lam=lam, bootstrap=jnp.asarray(bootstrap)
-        )
+        advantages, returns = gae(rewards, values, mask, gamma=gamma, lam=lam, bootstrap=jnp.asarray(bootstrap))
         expected = reference_gae(rewards, values, mask, gamma, lam, bootstrap)
         np.testing.assert_allclose(advantages, expected, atol=1e-12)
         np.testing.assert_allclose(returns, np.where(mask, expected + values, 0), atol=1e-12)
@@ -80,9 +78,7 @@ def test_whiten():
     kept = values[mask]
     with jax.enable_x64(True):
         found = np.asarray(whiten(values, mask))
-        np.testing.assert_allclose(
-            found[mask], (kept - kept.mean()) / np.sqrt(kept.var(ddof=1) + 1e-8), rtol=1e-12
-        )
+        np.testing.assert_allclose(found[mask], (kept - kept.mean()) / np.sqrt(kept.var(ddof=1) + 1e-8), rtol=1e-12)
         assert not found[~mask].any()
         unshifted = np.asarray(whiten(values, mask, shift_mean=False))
         np.testing.assert_allclose(unshifted[mask], found[mask] + kept.mean(), rtol=1e-12)
@@ -141,9 +137,7 @@ def test_kl_penalty_in_the_reward(estimator, penalty):
 
 
 def test_integer_scores_do_not_truncate_the_penalty():
-    rewards, _ = token_rewards(
-        jnp.array([1]), jnp.array([[-1.0]]), jnp.array([[-1.7]]), jnp.array([[1]]), kl_coef=1.0
-    )
+    rewards, _ = token_rewards(jnp.array([1]), jnp.array([[-1.0]]), jnp.array([[-1.7]]), jnp.array([[1]]), kl_coef=1.0)
     np.testing.assert_allclose(rewards, [[0.3]], rtol=1e-6)
 
 

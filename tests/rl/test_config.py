@@ -39,9 +39,7 @@ def test_updates_counts_the_unfilled_minibatch():
 
 
 def test_the_objective_gets_the_loops_temperature_and_kl():
-    assert config(temperature=0.7).objective(PPOPolicy(clip_low=0.1)) == PPOPolicy(
-        clip_low=0.1, temperature=0.7
-    )
+    assert config(temperature=0.7).objective(PPOPolicy(clip_low=0.1)) == PPOPolicy(clip_low=0.1, temperature=0.7)
     in_loss = config(kl_placement="loss", kl_coef=0.3)
     assert in_loss.objective(PPOPolicy()).kl_coef == 0.3
     shared = config(critic="shared", temperature=0.7).objective(PPOShared(vf_coef=0.5))

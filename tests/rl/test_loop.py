@@ -63,9 +63,7 @@ def test_a_resumed_run_repeats_the_uninterrupted_one_bit_for_bit(copy_run):
     settings = {"stop_ids": (3,), "kl_target": 0.5, "kl_horizon": 20, "seed": 1}
     whole = copy_run(**settings)
     logged = [whole.iterate() for _ in range(4)]
-    assert logged[0]["objective/kl_coef"] != logged[3]["objective/kl_coef"], (
-        "the controller must have state to lose"
-    )
+    assert logged[0]["objective/kl_coef"] != logged[3]["objective/kl_coef"], "the controller must have state to lose"
 
     first = copy_run(**settings)
     for _ in range(2):

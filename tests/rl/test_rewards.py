@@ -13,9 +13,7 @@ from jaxtrain.types import Tokens
 
 def scored(*rewards, weights=None, completions=("a", "b"), ids=((1,), (2,))):
     rows = [{} for _ in completions]
-    return score_completions(
-        rewards, weights or [1.0] * len(rewards), ["p"] * len(rows), completions, ids, rows
-    )
+    return score_completions(rewards, weights or [1.0] * len(rewards), ["p"] * len(rows), completions, ids, rows)
 
 
 def constant(*scores):
@@ -148,9 +146,7 @@ def test_model_reward_names_mistakes(reward_model):
     with pytest.raises(ValueError, match="max_positions=16"):
         ModelReward(model=reward_model.model, params={}, length=17, batch_size=1)
     language = build_model(
-        DecoderConfig(
-            vocab_size=8, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, d_ff=8, max_positions=8
-        )
+        DecoderConfig(vocab_size=8, num_layers=1, d_model=8, num_heads=1, num_kv_heads=1, d_ff=8, max_positions=8)
     )
     with pytest.raises(ValueError, match="no 'reward'"):
         ModelReward(model=language, params={}, length=8, batch_size=1)

@@ -19,9 +19,7 @@ from jaxtrain.rl.rollout import (
 )
 from jaxtrain.types import Rollout
 
-PROMPTS = PromptBatch(
-    ids=np.array([[0, 5, 6], [7, 8, 9], [0, 0, 3]], np.int32), lengths=np.array([2, 3, 1], np.int32)
-)
+PROMPTS = PromptBatch(ids=np.array([[0, 5, 6], [7, 8, 9], [0, 0, 3]], np.int32), lengths=np.array([2, 3, 1], np.int32))
 GENERATED = Generated(
     ids=np.array([[4, 0, 0, 0], [1, 2, 3, 0], [0, 0, 2, 1]], np.int32),  # id 0 may be sampled
     logps=np.array([[-1.0, 0, 0, 0], [-2, -3, -4, 0], [-5, -6, -7, -8]], np.float32),
@@ -37,9 +35,7 @@ def test_rows_are_the_sampled_ids_by_hand():
     assert tokens.weights.tolist() == [[0, 0, 1, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0, 0], [0, 0, 1, 1, 1, 1, 0]]
     assert tokens.positions.tolist() == [[0, 0, 1, 2, 0, 0, 0], [0, 1, 2, 3, 4, 5, 0], [0, 0, 0, 1, 2, 3, 4]]
     assert tokens.segments.tolist() == [[0, 1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 1, 1, 0], [0, 0, 1, 1, 1, 1, 1]]
-    assert {x.dtype for x in (tokens.ids, tokens.targets, tokens.positions, tokens.segments)} == {
-        np.dtype(np.int32)
-    }
+    assert {x.dtype for x in (tokens.ids, tokens.targets, tokens.positions, tokens.segments)} == {np.dtype(np.int32)}
     assert tokens.weights.dtype == np.float32
     assert sampler_logps(GENERATED, tokens).tolist() == [
         [0, 0, -1, 0, 0, 0, 0], [0, 0, -2, -3, -4, 0, 0], [0, 0, -5, -6, -7, -8, 0],
@@ -92,9 +88,7 @@ def test_the_trainer_scores_as_the_sampler_does_only_at_its_temperature(model):
 
     wrong, _ = score(model, params, tokens, temperature=1.0, rows=4)
     mean, maximum = gate_difference(ours, wrong, tokens.weights)
-    with pytest.raises(
-        ValueError, match=rf"{mean:.3g} nats.*{maximum:.3g}.*gate_threshold=0.001.*temperature"
-    ):
+    with pytest.raises(ValueError, match=rf"{mean:.3g} nats.*{maximum:.3g}.*gate_threshold=0.001.*temperature"):
         check_gate(mean, maximum, 1e-3)
 
 

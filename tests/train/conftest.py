@@ -84,9 +84,7 @@ def assert_trees_close(found, expected, tolerance=1e-5):
     """Each leaf to within ``tolerance`` of the largest entry of the tree."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     scale = max(float(np.max(np.abs(x))) for x in jax.tree.leaves(expected))
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True
-    ):
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=str(path))
 
 

@@ -87,9 +87,7 @@ def test_pairs_differ():
     assert (pairs.chosen.ids[:, PROMPT] == pairs.chosen.ids[:, 0]).all()
 
 
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_reward_model_learns(seed):
     model = build_model(dataclasses.replace(CONFIG, heads=("reward",)))
     step = make_eval_step(model.apply, RewardModel())
@@ -100,9 +98,7 @@ def test_reward_model_learns(seed):
     assert evaluate(step, params, heldout)["accuracy"] >= 0.99
 
 
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_dpo_learns(seed):
     model = build_model(CONFIG)
     reference = model.init(jax.random.key(seed))
@@ -117,9 +113,7 @@ def test_dpo_learns(seed):
     assert after["rewards/margins"] >= 3
 
 
-@pytest.mark.parametrize(
-    "seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow), pytest.param(2, marks=pytest.mark.slow)])
 def test_sft_learns_to_stop(seed):
     """Completions go on with probability 1/2, so EOS must come to about 1/2 too, though it is the padding's id."""
     model = build_model(CONFIG)

@@ -52,9 +52,7 @@ def train(step, tmp_path):
         checkpoints = Checkpoints(tmp_path / folder / "checkpoints", keep=10)
         try:
             state = fresh()
-            target = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state
-            )
+            target = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
             found = checkpoints.restore_latest(state_trees(target), META)
             start, state = (0, state) if found is None else (found[0], from_trees(found[1]))
             with MetricLog(tmp_path / folder, start=start, steps=steps, title=folder) as log:
@@ -132,9 +130,7 @@ def test_bad_batches_are_skipped_until_there_are_too_many(train, tmp_path):
     def rest(number):
         return load(number) if number < 4 else load(number) | {"y": np.full(8, np.inf, np.float32)}
 
-    with pytest.raises(
-        DivergedError, match=r"step 7: 3 updates in a row had a NaN or Inf loss .*lower the learning"
-    ):
+    with pytest.raises(DivergedError, match=r"step 7: 3 updates in a row had a NaN or Inf loss .*lower the learning"):
         train("rest", 20, load=rest, max_streak=3, checkpoint_every=4)
     rows = [json.loads(line) for line in (tmp_path / "rest" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["step"] == 7 and rows[-1]["loss"] is None
