@@ -179,9 +179,10 @@ class Checkpoints:
         for name in targets:
             changed = [path for path, found in digests(trees[name]).items() if found != saved["digests"][name][path]]
             if changed:
+                more = f" and {len(changed) - 1} more arrays" if len(changed) > 1 else ""
                 raise CheckpointError(
-                    f"checkpoint {self.directory / str(step)} is damaged: the bits of {name}/{changed[0]} "
-                    f"{f'and {len(changed) - 1} more arrays ' if len(changed) > 1 else ''}have changed since it was saved"
+                    f"checkpoint {self.directory / str(step)} is damaged: the bits of {name}/{changed[0]}{more} have "
+                    "changed since it was saved"
                 )
         return {name: trees[name] for name in targets}
 

@@ -47,7 +47,7 @@ def console() -> None:
         os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
     try:
         sys.exit(main())
-    except Exception:  # not 1, which says that a check failed
+    except Exception:  # noqa: BLE001  the last resort; not 1, which says that a check failed
         traceback.print_exc()
         sys.exit(CRASH)
 

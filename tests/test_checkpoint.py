@@ -29,6 +29,11 @@ from jaxtrain.sharding import MeshConfig, make_mesh
 META = {"model": {"d_model": 8, "heads": ["lm"]}, "hash": "a"}
 
 
+def save_and_wait(checkpoints, step, trees):
+    checkpoints.save(step, trees, META)
+    checkpoints.wait()
+
+
 def make_trees(seed: int = 0, size: int = 16):
     rng = np.random.default_rng(seed)
     params = {"embed": rng.normal(size=(size, 8)).astype(np.float32), "scale": np.ones(8, jnp.bfloat16)}
@@ -249,8 +254,7 @@ def test_a_disk_that_fills_up_while_writing_leaves_the_checkpoints_before(small_
     filler.write_bytes(b"x" * (free - 200_000))
     monkeypatch.setattr(shutil, "disk_usage", lambda path: types.SimpleNamespace(free=10**9))
     with pytest.raises(DiskFullError, match=rf"the disk is full: {folder}"):
-        checkpoints.save(2, trees, META)
-        checkpoints.wait()
+        save_and_wait(checkpoints, 2, trees)
     monkeypatch.undo()
     filler.unlink()
     # The same command again: a new process opens the folder and goes on from the checkpoint before.

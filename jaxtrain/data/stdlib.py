@@ -194,8 +194,8 @@ def without_heldout(module: Module) -> str:
 class StdlibText:
     """Text of the standard library.
 
-    domain: 'prose' is docstrings, each under its qualified name, signature and words of the name, and ``pydoc_data``'s pages;
-        'code' is the sources of the modules.
+    domain: 'prose' is docstrings, each under its qualified name, signature and words of the name, and the pages of
+        ``pydoc_data``; 'code' is the sources of the modules.
     """
 
     domain: str

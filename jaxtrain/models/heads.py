@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.models.functional import param
-from jaxtrain.models.layers import normal
+from jaxtrain.models.layers import contract, normal
 from jaxtrain.types import Array
 
 
@@ -28,9 +27,10 @@ class ScalarHead(nnx.Module):
         return jnp.einsum("btd,do->bto", hidden_BTD.astype(jnp.float32), kernel)[..., 0]
 
 
-def lm_logits(hidden_BTD: Array, kernel: Array, *, transpose: bool) -> Array:
-    """float32 ``[B, T, V]`` with float32 accumulation, from a ``[D, V]`` kernel or (transposed) a ``[V, D]`` table."""
-    kernel = kernel.astype(hidden_BTD.dtype)
-    return jax.lax.dot_general(
-        hidden_BTD, kernel, (((2,), (1 if transpose else 0,)), ((), ())), preferred_element_type=jnp.float32
-    )
+def lm_logits(hidden: Array, kernel: Array, *, transpose: bool) -> Array:
+    """``[..., D] -> float32 [..., V]``, with float32 accumulation.
+
+    kernel: ``[D, V]``, or with ``transpose`` a table ``[V, D]``.
+    """
+    kernel = kernel.astype(hidden.dtype)
+    return contract(hidden, kernel.T if transpose else kernel, preferred_element_type=jnp.float32)

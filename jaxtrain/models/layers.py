@@ -6,6 +6,7 @@ V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,6 +18,9 @@ from jaxtrain.kernels.attention import api
 from jaxtrain.models.functional import param
 from jaxtrain.models.rope import apply_rope
 from jaxtrain.types import Array
+
+# The names of all but the last dimension of a residual stream ``[B * T, D]`` or ``[B, T, D]``.
+ROWS = {2: ("batch",), 3: ("batch", "sequence")}
 
 
 def normal(rngs: nnx.Rngs, shape: Sequence[int], std: float, dtype: Any) -> Array:
@@ -46,9 +50,14 @@ class Linear(nnx.Module):
         self.compute = compute
 
     def __call__(self, x: Array) -> Array:
-        kernel = self.kernel[...].astype(self.compute)
-        n = self.num_inputs
-        return jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - n, x.ndim)), tuple(range(n))), ((), ())))
+        return contract(x, self.kernel[...].astype(self.compute), self.num_inputs)
+
+
+def contract(x: Array, kernel: Array, num_inputs: int = 1, **kwargs: Any) -> Array:
+    """``[..., inputs] x [inputs, outputs] -> [..., outputs]``; inputs and outputs may be several dimensions each."""
+    size = math.prod(kernel.shape[:num_inputs])
+    product = jnp.matmul(x.reshape(*x.shape[: x.ndim - num_inputs], size), kernel.reshape(size, -1), **kwargs)
+    return product.reshape(*product.shape[:-1], *kernel.shape[num_inputs:])
 
 
 class Attention(nnx.Module):
@@ -70,9 +79,14 @@ class Attention(nnx.Module):
         self.qk_norm = config.qk_norm
         self.backend = config.attention
 
-    def __call__(self, x_BTD, *, rope, positions, segments, constrain, cache=None):
-        """``cache``: (keys ``[B, S, K, H]``, values, positions, segments, index), or None to attend within x."""
-        q_BTNH, k_BTKH, v_BTKH = self.query(x_BTD), self.key(x_BTD), self.value(x_BTD)
+    def __call__(self, x, *, rope, positions, segments, constrain, cache=None):
+        """``x``: ``[B, T, D]`` or ``[B * T, D]``, and so is the first result.
+
+        cache: (keys ``[B, S, K, H]``, values, positions, segments, index), or None to attend within x.
+        """
+        q_BTNH, k_BTKH, v_BTKH = (
+            heads.reshape(*positions.shape, *heads.shape[-2:]) for heads in (self.query(x), self.key(x), self.value(x))
+        )
         if self.qk_norm:
             q_BTNH, k_BTKH = self.query_norm(q_BTNH), self.key_norm(k_BTKH)
         q_BTNH = constrain(apply_rope(q_BTNH, *rope), ("batch", "sequence", "act_heads", None))
@@ -91,9 +105,11 @@ class Attention(nnx.Module):
             k_positions=k_positions,
             q_segments=segments,
             k_segments=k_segments,
+            in_order=cache is None,
             backend=self.backend,
         )
-        return self.out(out_BTNH), (None if cache is None else (keys, values))
+        out = out_BTNH.reshape(*x.shape[:-1], *out_BTNH.shape[-2:])
+        return self.out(out), (None if cache is None else (keys, values))
 
 
 class SwiGLU(nnx.Module):
@@ -107,9 +123,10 @@ class SwiGLU(nnx.Module):
         outer = (F * 2 * config.num_layers) ** -0.5
         self.down = Linear(rngs, (F,), (D,), ("mlp", "embed"), std=outer, **kinds)
 
-    def __call__(self, x_BTD, constrain):
-        h_BTF = jax.nn.silu(self.gate(x_BTD)) * self.up(x_BTD)
-        return self.down(constrain(h_BTF, ("batch", "sequence", "act_mlp")))
+    def __call__(self, x, constrain):
+        """``[..., D] -> [..., D]``."""
+        h = jax.nn.silu(self.gate(x)) * self.up(x)
+        return self.down(constrain(h, (*ROWS[h.ndim], "act_mlp")))
 
 
 def dropout(x: Array, rate: float, rng: Array | None) -> Array:

@@ -70,8 +70,8 @@ def _check_mesh(stage: Any) -> None:
     for name, size in sizes.items():
         if size % ways(mesh, axes):
             raise ValueError(
-                f"stage {stage.name}: {name}={size} is not divisible by the {ways(mesh, axes)} devices of the mesh's row "
-                f"axes {axes}; make it a multiple of {ways(mesh, axes)}"
+                f"stage {stage.name}: {name}={size} is not divisible by the {ways(mesh, axes)} devices of the mesh's "
+                f"row axes {axes}; make it a multiple of {ways(mesh, axes)}"
             )
     for model in models:
         if model is not None:

@@ -84,7 +84,8 @@ def make_train_step(
     learning_rate: schedule over applied updates, for the metrics only.
     mesh, shardings: where the state lives; the result stays there.
     metrics: float32 scalars: every metric of the objective divided by its own weight, "loss" (what is minimised,
-        where the objective has no metric of that name), "weight" (tokens, pairs or sequences behind it), "grad_norm" (before clipping), "skipped", "streak", and "learning_rate".
+        where the objective has no metric of that name), "weight" (tokens, pairs or sequences behind it), "grad_norm"
+        (before clipping), "skipped", "streak", and "learning_rate".
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, found {accumulate}")

@@ -158,3 +158,41 @@ def test_shapes_that_do_not_fit_are_named():
     ]:
         with pytest.raises(ValueError, match=message):
             api.attention(*arguments, **masks | changes)
+
+
+@pytest.mark.parametrize("length", [128, 256, 512])
+def test_blocks_of_an_ordered_sequence_change_nothing(length):
+    """Packed rows with padding on either side: value and gradient equal those of the whole matrix."""
+    rng = np.random.default_rng(length)
+    B, N, K, H = 2, 4, 2, 8
+    q, k, v, g = (rng.normal(size=(B, length, heads, H)).astype(np.float32) for heads in (N, K, K, N))
+    segments = np.sort(rng.integers(1, 6, (B, length)), axis=1).astype(np.int32)
+    segments[0, -length // 5 :], segments[1, : length // 5] = 0, 0
+    starts = np.array([[np.argmax(row == s) for s in row] for row in segments])
+    positions = (np.arange(length) - starts).astype(np.int32)
+
+    def run(in_order):
+        def loss(q, k, v):
+            out = api.attention(
+                q,
+                k,
+                v,
+                q_positions=positions,
+                k_positions=positions,
+                q_segments=segments,
+                k_segments=segments,
+                in_order=in_order,
+            )
+            return jnp.sum(out * g), out
+
+        grads, out = jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
+        return out, *grads
+
+    assert api._causal_blocks(length) == length // 64
+    for found, wanted in zip(run(True), run(False), strict=True):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+        assert np.isfinite(found).all()
+
+
+def test_lengths_that_do_not_cut_evenly_stay_whole():
+    assert [api._causal_blocks(n) for n in (1, 64, 96, 127, 130, 192)] == [1, 1, 1, 1, 2, 2]

@@ -180,7 +180,7 @@ def test_a_named_but_absent_stage_is_reported(make_run):
     run = make_run()
     shutil.rmtree(run / "stages" / "reward")
     _, page = report(run)
-    assert "stages/reward is named by the summary or by a descendant, but is missing" in page.text
+    assert "stages/reward is named by the summary, but is missing" in page.text
 
 
 def test_a_wrong_directory_is_named(tmp_path):

@@ -76,7 +76,7 @@ def train(model, objective, params, batches, steps: int, peak: float = 3e-3):
     state = new_state(jax.tree.map(jnp.copy, params), tx, 0)
     step = make_train_step(model.apply, objective, tx)
     for number in range(steps):
-        state, metrics = step(state, batches(number))
+        state, _ = step(state, batches(number))
     assert int(state.skipped) == 0
     return state.params
 

@@ -19,6 +19,7 @@ def attention(
     q_segments: jax.Array,
     k_segments: jax.Array,
     causal: bool = True,
+    in_order: bool = False,
     scale: float | None = None,
     backend: str = "auto",
 ) -> jax.Array:
@@ -27,6 +28,8 @@ def attention(
     q_BTNH: ``[B, T, N, H]``; k_BSKH, v_BSKH: ``[B, S, K, H]`` with N a multiple of K.
     positions, segments: int32 ``[B, T]`` for queries and ``[B, S]`` for keys.  A query sees the keys of its own
     segment (0 is padding and sees nothing), and under ``causal`` only those at its own position or before.
+    in_order: promises that keys and queries are the same tokens, in the order of their positions within each segment,
+        so that under ``causal`` no query sees a key that stands after it; work that this rules out may be left undone.
     scale: multiplies the logits; ``H ** -0.5`` by default.
     backend: "xla", or "auto" for the best that runs here.
     Returns ``[B, T, N, H]`` in the type of ``q_BTNH``; rows that see nothing are 0.
@@ -50,4 +53,15 @@ def attention(
         if x.shape != want:
             raise ValueError(f"attention: {name} has shape {x.shape}, expected {want}")
     mask_BTS = reference.attention_mask(q_positions, k_positions, q_segments, k_segments, causal=causal)
-    return reference.attention(q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=H**-0.5 if scale is None else scale)
+    blocks = _causal_blocks(T) if causal and in_order else 1
+    return reference.attention(
+        q_BTNH, k_BSKH, v_BSKH, mask_BTS, scale=H**-0.5 if scale is None else scale, blocks=blocks
+    )
+
+
+def _causal_blocks(length: int) -> int:
+    """Into how many blocks of at least 64 queries a sequence is cut; 1 where it is split over devices."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if not mesh.empty and mesh.shape["context"] > 1:
+        return 1
+    return next((n for n in (8, 4, 2) if length % n == 0 and length // n >= 64), 1)
