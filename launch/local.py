@@ -4,7 +4,7 @@
 
 A run continues from its newest checkpoint, bit for bit, when the same command is given again, so a restart
 costs only the work since then.  A crash is death by a signal, or an exit code other than 0 (done), 1 (a check
-failed, or an exception: it would happen again), 2 (a user's mistake) and 130 (interrupted).
+failed), 2 (a user's mistake) and 130 (interrupted).
 """
 
 from __future__ import annotations

@@ -127,9 +127,9 @@ def test_the_commands_on_own_text(own_data):
 
 
 @pytest.mark.slow
-def test_json_lines_of_text_as_own_base_says(own_data):
-    """The other way in, by the bindings in the comment at the top of ``own_base.gin``."""
-    notes = (ROOT / "configs/recipes/own_base.gin").read_text()
+def test_json_lines_of_text_as_own_text_says(own_data):
+    """The other way in, by the bindings in the comment at the top of ``own_text.gin``."""
+    notes = (ROOT / "configs/recipes/own_text.gin").read_text()
     bindings = [line.replace("FILES", "*.jsonl") for line in re.findall(r"^#   (.*)$", notes, re.MULTILINE)]
     assert len(bindings) == 2
     for name in ("instructions", "pairs"):
