@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from jaxtrain.sharding import path_name
+from jaxtrain.types import path_name
 
 log = logging.getLogger("jaxtrain")
 TRASH = "trash"

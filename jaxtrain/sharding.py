@@ -16,6 +16,8 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from jaxtrain.types import path_name
+
 AXES = ("data", "fsdp", "tensor", "context", "expert", "stage")
 
 
@@ -159,11 +161,6 @@ def constrain(x: jax.Array, names: Sequence[str | None], rules: ShardingRules) -
 def is_names(leaf: Any) -> bool:
     """True for a leaf of a tree of logical axes: a plain tuple of names or None, not a named one like optax's."""
     return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """``layers/attention/query/kernel`` for a key path of a parameter tree."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def ways(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:

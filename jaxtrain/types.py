@@ -7,7 +7,7 @@ NumPy arrays on their way to a device).  Nothing here imports the rest of jaxtra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -21,6 +21,11 @@ def record(cls):
     cls = dataclasses.dataclass(frozen=True, kw_only=True)(cls)
     names = [field.name for field in dataclasses.fields(cls)]
     return jax.tree_util.register_dataclass(cls, data_fields=names, meta_fields=[])
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """``layers/attention/query/kernel`` for a key path of ``jax.tree_util``."""
+    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 @record

@@ -13,6 +13,8 @@ from typing import Any
 
 import jax
 
+from jaxtrain.types import path_name
+
 Rules = Sequence[tuple[str, bool]]
 
 # Matrices decay; gains and biases do not: pulling a norm's scale to zero only fights the norm.
@@ -20,11 +22,6 @@ DEFAULT_DECAY_RULES: tuple[tuple[str, bool], ...] = (
     (r"(^|/)(kernel|embedding)$", True),
     (r"(^|/)(scale|bias)$", False),
 )
-
-
-def path_name(path: tuple) -> str:
-    """The '/'-joined name of a key path of ``jax.tree_util``."""
-    return "/".join(str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))) for key in path)
 
 
 def parameter_paths(params: Any) -> list[str]:

@@ -15,10 +15,11 @@ import jax.numpy as jnp
 import optax
 
 from jaxtrain.optim.adafactor import Factoring, clip_by_rms, scale_by_factored_rms, scale_by_parameter_rms
-from jaxtrain.optim.masks import DEFAULT_DECAY_RULES, decay_mask, frozen_mask, path_name
+from jaxtrain.optim.masks import DEFAULT_DECAY_RULES, decay_mask, frozen_mask
 from jaxtrain.optim.matrices import Matrix, as_matrix, batch_axes
 from jaxtrain.optim.muon import scale_by_muon
 from jaxtrain.optim.schedules import Schedule
+from jaxtrain.types import path_name
 
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax
 
-from jaxtrain.optim.masks import path_name
+from jaxtrain.types import path_name
 
 
 def state_axes(state: Any, shapes: Any, axes: Any) -> Any:

@@ -19,9 +19,8 @@ from jaxtrain.data.datasets import Prepared
 from jaxtrain.data.tokenizer import SavedTokenizer, SentencePieceBPE, Tokenizer
 from jaxtrain.models import Model, build_model
 from jaxtrain.recipe.workspace import code_version, hash_json, read_json, stage_folder, write_json
-from jaxtrain.sharding import path_name
 from jaxtrain.train.state import abstract_params, init_params
-from jaxtrain.types import Params
+from jaxtrain.types import Params, path_name
 
 MODEL_CONFIGS = {"DecoderConfig": DecoderConfig, "Rope": Rope}
 # What a stage may have that the checkpoint it starts from lacks.

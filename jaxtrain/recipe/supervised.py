@@ -15,7 +15,7 @@ from jaxtrain.config import Stage
 from jaxtrain.data.loader import Loader, sequential_batches
 from jaxtrain.evaluate.heldout import BitsPerByte, ByteLoss, Measure, evaluate, make_eval_step
 from jaxtrain.models import build_model
-from jaxtrain.objectives.dpo import add_reference
+from jaxtrain.objectives.dpo import DPO, add_reference
 from jaxtrain.recipe.runtime import Parent, Runtime
 from jaxtrain.sharding import make_mesh, put_batch
 from jaxtrain.train.loop import fit, from_trees, state_trees
@@ -50,7 +50,7 @@ class SupervisedJob:
 
     @property
     def needs_reference(self) -> bool:
-        return type(self.stage.objective).__name__ == "DPO"
+        return isinstance(self.stage.objective, DPO)
 
     def parents(self) -> list[Parent]:
         return [parent for parent in (self.init, self.reference) if parent is not None]
