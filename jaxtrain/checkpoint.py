@@ -151,11 +151,7 @@ class Checkpoints:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The JSON record of one checkpoint."""
-        path = self.directory / str(step) / "meta" / "metadata"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, json.JSONDecodeError) as error:
-            raise CheckpointError(f"checkpoint {path.parent.parent} has no readable record: {error}") from error
+        return _record(self.directory / str(step))
 
     def restore(self, step: int, targets: dict[str, Any]) -> dict[str, Any]:
         """Reads named trees into ``targets`` (ShapeDtypeStructs with shardings) and compares their digests.
@@ -244,4 +240,11 @@ def read_meta(directory: Path | str, step: int | None = None) -> dict[str, Any]:
     steps = saved_steps(directory)
     if not steps or (step is not None and step not in steps):
         raise CheckpointError(f"no checkpoint {'' if step is None else step} in {directory} (found steps {steps})")
-    return json.loads((Path(directory) / str(steps[-1] if step is None else step) / "meta" / "metadata").read_text())
+    return _record(Path(directory) / str(steps[-1] if step is None else step))
+
+
+def _record(checkpoint: Path) -> dict[str, Any]:
+    try:
+        return json.loads((checkpoint / "meta" / "metadata").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"checkpoint {checkpoint} has no readable record: {error}") from error

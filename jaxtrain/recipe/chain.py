@@ -82,11 +82,12 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
     job = (PPOJob if isinstance(stage, PPOStage) else SupervisedJob)(runtime, stage)
     for parent in job.parents():
         runtime.check_tokenizer(parent)
+    data = job.data_fingerprint()
     inputs = {
         "config": {name: value for name, value in to_json(stage).items() if name not in PLACEMENT},
         "seed": runtime.recipe.seed,
         "samples": to_json(runtime.recipe.samples),
-        "data": job.data_fingerprint(),
+        "data": data,
         "tokenizer": runtime.tokenizer.digest,
         "code": runtime.code_version,
         "parents": [parent.checkpoint for parent in job.parents()],
@@ -108,7 +109,7 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
         "stage": stage.name,
         "hash": key,
         "model": to_json(stage.model),
-        "data": job.data_fingerprint(),
+        "data": data,
         "tokenizer": runtime.tokenizer.digest,
         "ancestry": list(ancestry.values()),
         "chat": chat,

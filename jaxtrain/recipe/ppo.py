@@ -161,6 +161,9 @@ class PPOJob:
                     metrics["tokens_per_second"] = sampled / max(log.seconds() - began, 1e-9)
                     log.write(number, metrics)
                     check_streak(metrics, number, stage.max_skipped)
+                    if critic is not None:
+                        own = {name: metrics[f"critic/{name}"] for name in ("streak", "loss", "grad_norm")}
+                        check_streak(own, number, stage.max_skipped)
                     if number == stage.steps or (stage.checkpoint_every and number % stage.checkpoint_every == 0):
                         log.sync()
                         checkpoints.save(number, self._trees(policy, critic, state), meta)
