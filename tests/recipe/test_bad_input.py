@@ -12,6 +12,7 @@ import pytest
 
 from jaxtrain.recipe.runtime import overlay
 from jaxtrain.rl import rewards
+from jaxtrain.rl.loop import PPOLoop
 from jaxtrain.train.metrics import MetricLog, read_rows
 
 
@@ -129,6 +130,17 @@ def test_a_reward_that_is_not_a_number(refused, monkeypatch):
     monkeypatch.setattr(rewards.LengthReward, "__call__", poisoned)
     line = refused("PPOStage.reward_weight = 2.0")
     assert "LengthReward" in line and "nan" in line
+
+
+def test_a_critic_that_diverges_ends_the_run(refused, monkeypatch):
+    real = PPOLoop.iterate
+
+    def diverged(self, *states):
+        *new, metrics = real(self, *states)
+        return *new, metrics | {"critic/streak": 10.0, "critic/loss": float("nan")}
+
+    monkeypatch.setattr(PPOLoop, "iterate", diverged)
+    assert "step 1: 10 updates in a row had a NaN or Inf loss" in refused("PPOStage.reward_weight = 3.0")
 
 
 def test_a_full_disk_and_the_same_command_again(refused, chain, jaxtrain, monkeypatch, tmp_path):
