@@ -127,6 +127,7 @@ DEFAULT_RULES = ShardingRules(
         # parameters
         ("layers", ()),
         ("vocab", ("tensor",)),
+        ("positions", ()),
         ("embed", ("fsdp",)),
         ("q_heads", ("tensor",)),
         ("kv_heads", ("tensor",)),
@@ -134,6 +135,14 @@ DEFAULT_RULES = ShardingRules(
         ("mlp", ("tensor",)),
         ("norm", ()),
         ("scalar", ()),
+        ("experts", ("expert",)),
+        ("router", ()),
+        ("rank", ()),
+        ("rank_inputs", ("fsdp",)),
+        ("features", ("tensor",)),
+        ("labels", ()),
+        ("types", ()),
+        ("buckets", ()),
         # activations
         ("batch", ("data", "fsdp", "expert")),
         ("sequence", ("context",)),
@@ -156,6 +165,29 @@ def constrain(x: jax.Array, names: Sequence[str | None], rules: ShardingRules) -
     if jax.sharding.get_abstract_mesh().empty:
         return x
     return jax.lax.with_sharding_constraint(x, spec)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constrain:
+    """``constrain`` by one table: ``Constrain(rules)(x, names)``."""
+
+    rules: ShardingRules
+
+    def __call__(self, x: jax.Array, names: Sequence[str | None]) -> jax.Array:
+        return constrain(x, names, self.rules)
+
+
+def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
+    """``x`` as something that varies over all the axes of a ``shard_map`` that one of ``others`` varies over.
+
+    Nothing is computed, but the gradient of x is then added over those axes.
+    """
+    axes = frozenset().union(*(_varying(other) for other in others)) - _varying(x)
+    return jax.lax.pcast(x, tuple(sorted(axes)), to="varying") if axes else x
+
+
+def _varying(x: jax.Array) -> frozenset[str]:
+    return jax.typeof(x).manual_axis_type.varying
 
 
 def is_names(leaf: Any) -> bool:

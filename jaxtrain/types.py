@@ -38,6 +38,7 @@ class Tokens:
         nothing to learn (prompts, padding, a segment's last position).
     positions: int32, position within the segment, from 0.
     segments: int32, from 1 within each row; 0 marks padding.  A token sees only its own segment.
+    types: int32, which of a pair's two texts a token belongs to (BERT's token types); None: all of them are 0.
     """
 
     ids: Array
@@ -45,6 +46,20 @@ class Tokens:
     weights: Array
     positions: Array
     segments: Array
+    types: Array | None = None
+
+
+@record
+class Seq2Seq:
+    """What an encoder-decoder reads: the decoder's segment i sees the encoder's segment i.
+
+    encoder: the source, all of it visible to every token of its segment; its targets and weights are not read.  None
+        where a cache already holds what the decoder needs of it.
+    decoder: the target, shifted like any ``Tokens``: ``ids`` begin with the model's start token.
+    """
+
+    encoder: Tokens | None
+    decoder: Tokens
 
 
 @record
@@ -102,11 +117,28 @@ class Loss:
     total: float32 scalar, the weighted sum of losses; this is what is differentiated.
     weight: float32 scalar, the sum of weights, without gradient.
     metrics: name -> Sum, each with its own weight.
+    counts: what the train step adds of ``Auxiliary.counts``; an objective leaves it None.
     """
 
     total: Array
     weight: Array
     metrics: Mapping[str, Sum]
+    counts: Mapping[str, Array] | None = None
+
+
+@record
+class Auxiliary:
+    """What training adds to any objective that calls the model, see ``train.step.loss_and_grads``.
+
+    losses: name -> Sum of a loss with its coefficient in it; the mean is added to the objective's, for all its weight.
+    metrics: name -> Sum, without gradient.
+    counts: float32 ``[L, E]`` by the path of a stack of layers among the parameters: tokens that picked each expert of
+        each layer, for ``Model.balance``.
+    """
+
+    losses: Mapping[str, Sum]
+    metrics: Mapping[str, Sum]
+    counts: Mapping[str, Array]
 
 
 @record
@@ -118,6 +150,11 @@ class Outputs:
     rewards: float32 ``[B, T]``, the scalar reward head read at each position.
     values: float32 ``[B, T]``, the value head.
     cache: the updated key-value cache, when one was given.
+    pooled: ``[B, T, D]``, BERT's pooler read at each position; that of a segment's first token stands for the segment.
+    next_sentence: float32 ``[B, T, 2]``, logits of "the second text follows the first" and of "it does not", likewise.
+    replaced: float32 ``[B, T]``, the logit of "this token is not the original one" (ELECTRA's discriminator).
+    auxiliary: of mixtures of experts and multi-token prediction; read by the train step alone.
+    encoded: ``[B, S, D]``, an encoder-decoder's encoder after its last norm; ``hidden`` is then the decoder's.
     """
 
     hidden: Array
@@ -125,6 +162,11 @@ class Outputs:
     rewards: Array | None = None
     values: Array | None = None
     cache: Any = None
+    pooled: Array | None = None
+    next_sentence: Array | None = None
+    replaced: Array | None = None
+    encoded: Array | None = None
+    auxiliary: Auxiliary | None = None
 
 
 @record
@@ -144,7 +186,10 @@ class TrainState:
 
 
 class Apply(Protocol):
-    """A model's forward pass.  ``rng`` turns dropout on; without it the pass is deterministic."""
+    """A model's forward pass.  ``rng`` turns dropout on; without it the pass is deterministic.
+
+    Encoder-decoders read a ``Seq2Seq`` where the others read ``Tokens``.
+    """
 
     def __call__(self, params: Params, tokens: Tokens, *, cache: Any = None, rng: Array | None = None) -> Outputs: ...
 

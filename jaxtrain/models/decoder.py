@@ -1,8 +1,15 @@
-"""A Llama-style decoder: RMSNorm, RoPE, grouped-query attention, SwiGLU; layers stacked and scanned."""
+"""What decoder families share: their configuration's common part, one block, and the trunk that runs the layers.
+
+A family is a config whose ``spec()`` says what every layer does; parameters of equal layers are stacked on a leading
+axis and scanned.
+
+Letters: B rows, T tokens, D model width, L layers.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from functools import partial
 from typing import Any
 
@@ -11,12 +18,16 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.kernels.attention.api import BACKENDS
+from jaxtrain.models.attention import AttentionSpec
+from jaxtrain.models.balance import BalanceSpec, auxiliary, join, move_biases
 from jaxtrain.models.cache import Cache
-from jaxtrain.models.functional import Model, functionalize, param, stack
+from jaxtrain.models.functional import Functional, Model, functionalize, param, stack
 from jaxtrain.models.heads import ScalarHead, lm_logits
-from jaxtrain.models.layers import ROWS, Attention, RMSNorm, SwiGLU, dropout, normal
+from jaxtrain.models.layers import ROWS, MLPSpec, NormSpec, dropout, normal
+from jaxtrain.models.moe import MoESpec
+from jaxtrain.models.mtp import MTP, MTPSpec, look_ahead
 from jaxtrain.models.rope import Rope, rope_tables
-from jaxtrain.sharding import DEFAULT_RULES, ShardingRules, constrain
+from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules, constrain
 from jaxtrain.types import Array, Outputs, Params, Tokens
 
 HEADS = ("lm", "reward", "value")
@@ -28,8 +39,46 @@ REMAT = {
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerSpec:
+    """One layer: attention, then a feed-forward part, each added to the residual stream.
+
+    norms: "pre" normalises what either reads, "post" what either adds; Gemma does both.
+    """
+
+    attention: Any
+    mlp: Any
+    norm: NormSpec
+    norms: tuple[str, ...] = ("pre",)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderSpec:
+    """What a config means.
+
+    stacks: by name in the parameters, the layers from first to last; those of one stack have parameters of the same
+        shapes, and may differ in window or positions.
+    embed_scale: multiplies embeddings.  learned_positions: a table of position embeddings is added to them.
+    final_softcap: ``softcap * tanh(logits / softcap)`` on the next-token logits; 0: unchanged.
+    balance: what training adds where layers are mixtures of experts.  mtp: layers that predict further tokens in
+        training, each like the last of ``stacks``.
+    """
+
+    stacks: dict[str, tuple[LayerSpec, ...]]
+    norm: NormSpec
+    embed_scale: float = 1.0
+    learned_positions: bool = False
+    final_softcap: float = 0.0
+    balance: BalanceSpec = BalanceSpec()
+    mtp: MTPSpec | None = None
+
+    def layers(self) -> tuple[LayerSpec, ...]:
+        """All layers, from first to last."""
+        return tuple(layer for layers in self.stacks.values() for layer in layers)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-    """Sizes and choices of a decoder.
+    """Sizes and choices of a decoder.  By itself, a Llama-style one; families add fields and say what they mean.
 
     head_dim: 0 means ``d_model / num_heads``.  max_positions: the longest segment.  heads: which outputs exist,
     of "lm", "reward" and "value".  dropout: on the embedding and both residual branches, in training only.
@@ -84,13 +133,37 @@ class DecoderConfig:
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"{name}={getattr(self, name)!r}; 'float32' or 'bfloat16'")
 
+    def norm(self) -> NormSpec:
+        """The norm of every layer and of the end."""
+        return NormSpec(eps=self.norm_eps)
+
+    def attention_spec(self, **changes: Any) -> AttentionSpec:
+        """Grouped-query attention of the config's sizes, with ``changes``."""
+        fields = {
+            "num_heads": self.num_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": self.head_dim,
+            "rope": self.rope,
+            "qk_norm": "head" if self.qk_norm else "none",
+            "norm": self.norm(),
+        }
+        return AttentionSpec(**(fields | changes))
+
+    def layer_spec(self) -> LayerSpec:
+        """A layer, where all are alike."""
+        return LayerSpec(attention=self.attention_spec(), mlp=MLPSpec(d_ff=self.d_ff), norm=self.norm())
+
+    @functools.cache  # noqa: B019  (as many as there are configs)
+    def spec(self) -> DecoderSpec:
+        """What the layers are and what surrounds them."""
+        return DecoderSpec(stacks={"layers": (self.layer_spec(),) * self.num_layers}, norm=self.norm())
+
 
 class Embed(nnx.Module):
-    """A table of one vector per token id."""
+    """A table of one vector per token id (or position)."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        shape = (config.vocab_size, config.d_model)
-        self.embedding = param(normal(rngs, shape, config.init_std, config.param_dtype), "vocab", "embed")
+    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs, size: int, name: str):
+        self.embedding = param(normal(rngs, (size, config.d_model), config.init_std, config.param_dtype), name, "embed")
 
 
 class LMHead(nnx.Module):
@@ -102,39 +175,58 @@ class LMHead(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Pre-norm attention and MLP, each added to the residual stream."""
+    """See ``LayerSpec``."""
 
-    def __init__(self, config: DecoderConfig, rngs: nnx.Rngs):
-        norm = partial(RMSNorm, config.d_model, eps=config.norm_eps, dtype=config.param_dtype)
-        self.attention_norm, self.attention = norm(), Attention(config, rngs)
-        self.mlp_norm, self.mlp = norm(), SwiGLU(config, rngs)
+    def __init__(self, spec: LayerSpec, config: DecoderConfig, rngs: nnx.Rngs):
+        self.attention = spec.attention.build(config, rngs)
+        self.mlp = spec.mlp.build(config, rngs)
+        for place in spec.norms:
+            names = {"pre": ("attention_norm", "mlp_norm"), "post": ("attention_post_norm", "mlp_post_norm")}[place]
+            for name in names:
+                setattr(self, name, spec.norm.build(config.d_model, config.param_dtype))
+        self.norms = spec.norms
         self.dropout = config.dropout
 
-    def __call__(self, x, *, rope, positions, segments, constrain, rng=None, cache=None):
-        """``x``: ``[B, T, D]`` or ``[B * T, D]``."""
+    def __call__(self, x, *, ropes, positions, segments, constrain, rng=None, cache=None):
+        """``x``: ``[B, T, D]`` or ``[B * T, D]``.  Returns the new x, the layer's new cache, and what its feed-forward
+        part has to say about its balance (None for a dense one)."""
         first, second = (None, None) if rng is None else jax.random.split(rng)
-        attended, kv = self.attention(
-            self.attention_norm(x),
-            rope=rope,
+        pre, post = "pre" in self.norms, "post" in self.norms
+        added, entry = self.attention(
+            self.attention_norm(x) if pre else x,
+            ropes=ropes,
             positions=positions,
             segments=segments,
             constrain=constrain,
             cache=cache,
         )
-        x = x + dropout(attended, self.dropout, first)
-        x = x + dropout(self.mlp(self.mlp_norm(x), constrain), self.dropout, second)
-        return constrain(x, (*ROWS[x.ndim], "act_embed")), kv
+        x = x + dropout(self.attention_post_norm(added) if post else added, self.dropout, first)
+        added, balance = self.mlp(
+            self.mlp_norm(x) if pre else x, segments=segments, constrain=constrain, decoding=cache is not None
+        )
+        x = x + dropout(self.mlp_post_norm(added) if post else added, self.dropout, second)
+        return constrain(x, (*ROWS[x.ndim], "act_embed")), entry, balance
 
 
 def build_decoder(config: DecoderConfig, rules: ShardingRules = DEFAULT_RULES) -> Model:
     """The model of ``config``, sharded by ``rules``."""
-    parts = {
-        "embed": functionalize(lambda rngs: Embed(config, rngs)),
-        "layers": stack(functionalize(lambda rngs: Block(config, rngs)), config.num_layers),
-        "final_norm": functionalize(
-            lambda rngs: RMSNorm(config.d_model, eps=config.norm_eps, dtype=config.param_dtype)
-        ),
-    }
+    spec = config.spec()
+    parts = {"embed": functionalize(lambda rngs: Embed(config, rngs, config.vocab_size, "vocab"))}
+    if spec.learned_positions:
+        parts["position_embed"] = functionalize(lambda rngs: Embed(config, rngs, config.max_positions, "positions"))
+    blocks: dict[LayerSpec, Functional] = {}
+    for layer in spec.layers():
+        if layer not in blocks:
+            blocks[layer] = functionalize(lambda rngs, layer=layer: Block(layer, config, rngs))
+    for name, layers in spec.stacks.items():
+        assert all(blocks[layer].axes == blocks[layers[0]].axes for layer in layers), f"{name}: layers differ"
+        parts[name] = stack(blocks[layers[0]], len(layers))
+    parts["final_norm"] = functionalize(lambda rngs: spec.norm.build(config.d_model, config.param_dtype))
+    if spec.mtp is not None and "lm" in config.heads:
+        last = spec.layers()[-1]
+        parts["mtp"] = stack(
+            functionalize(lambda rngs: MTP(partial(Block, last, config), spec.norm, config, rngs)), spec.mtp.depth
+        )
     if "lm" in config.heads and not config.tie_embeddings:
         parts["lm_head"] = functionalize(lambda rngs: LMHead(config, rngs))
     for head, std in (("reward", (config.d_model + 1) ** -0.5), ("value", 0.0)):
@@ -146,38 +238,68 @@ def build_decoder(config: DecoderConfig, rules: ShardingRules = DEFAULT_RULES) -
     def init(key: Array) -> Params:
         # A part's key depends on its name alone, so that another head does not change the trunk.
         order = ("embed", "layers", "final_norm", "lm_head", "reward_head", "value_head")
+        order = (*order, *sorted({"position_embed", *spec.stacks} - set(order)), "mtp")
         return {name: part.init(jax.random.fold_in(key, order.index(name))) for name, part in parts.items()}
 
     return Model(
         config=config,
         rules=rules,
         init=init,
-        apply=partial(_forward, config, rules, parts),
+        apply=partial(_forward, config, rules, parts, {layer: block.call for layer, block in blocks.items()}),
         axes={name: part.axes for name, part in parts.items()},
+        logits=partial(_logits, config, rules) if "lm" in config.heads else None,
+        balance=partial(move_biases, spec.balance.bias_rate) if any(map(_has_router_bias, spec.layers())) else None,
     )
+
+
+def _has_router_bias(layer: LayerSpec) -> bool:
+    return isinstance(layer.mlp, MoESpec) and layer.mlp.bias
+
+
+def unstack(config: DecoderConfig, params: Params) -> Params:
+    """Parameters with a tuple of layers in the place of each stack: ``apply`` takes both.
+
+    Decoding reads every weight once a token; a slice of a stack would first be copied.
+    """
+    stacks = config.spec().stacks
+    return params | {name: tuple(_layer(params[name], i) for i in range(len(stacks[name]))) for name in stacks}
+
+
+def _layer(layers: Any, number: int) -> Params:
+    return layers[number] if isinstance(layers, tuple) else jax.tree.map(lambda leaf: leaf[number], layers)
 
 
 def _forward(
     config: DecoderConfig,
     rules: ShardingRules,
-    parts: dict[str, Any],
+    parts: dict[str, Functional],
+    blocks: dict[LayerSpec, Any],
     params: Params,
     tokens: Tokens,
     *,
     cache: Cache | None = None,
     rng: Array | None = None,
 ) -> Outputs:
+    spec = config.spec()
     positions, segments = tokens.positions, tokens.segments
     T = tokens.ids.shape[1]
     if config.max_positions < T:
         raise ValueError(f"{T} tokens in a row, but the model's max_positions is {config.max_positions}")
-    pin = partial(constrain, rules=rules)
+    pin = Constrain(rules)
     if config.dropout == 0.0:
         rng = None
 
     # Gathered over fsdp first: a lookup in a table split by width would leave the rows' sharding behind.
     embedding = pin(params["embed"]["embedding"].astype(config.compute_dtype), ("vocab", "act_embed"))
-    x = jnp.take(embedding, tokens.ids, axis=0)
+
+    def embed(ids: Array) -> Array:
+        x = jnp.take(embedding, ids, axis=0)
+        return x if spec.embed_scale == 1.0 else x * jnp.asarray(spec.embed_scale, x.dtype)
+
+    x = embed(tokens.ids)
+    if spec.learned_positions:
+        table = pin(params["position_embed"]["embedding"].astype(config.compute_dtype), ("positions", "act_embed"))
+        x = x + jnp.take(table, positions, axis=0)
     # One dimension of rows rather than two: XLA's CPU backend takes the gradients of products of matrices in half the
     # time of those with several free dimensions (a SwiGLU of 256 x 688 over 2,048 tokens: 37 ms against 82), and no
     # other minds.  A sequence split over devices keeps its own dimension: merged, the two could not both be split.
@@ -188,63 +310,146 @@ def _forward(
     if rng is not None:
         rng, embed_rng = jax.random.split(rng)
         x = dropout(x, config.dropout, embed_rng)
+    tables = {layer.attention.rope_table() for layer in spec.layers()} - {None}
     shared = {
-        "rope": rope_tables(config.rope, positions, config.head_dim),
+        "ropes": {table: rope_tables(table[0], positions, table[1]) for table in tables},
         "positions": positions,
         "segments": segments,
         "constrain": pin,
     }
-    if cache is None:
-        x = _layers(config, parts["layers"].call, params["layers"], x, rng, shared)
-    else:
-        x, cache = _cached_layers(config, parts["layers"].call, params["layers"], x, shared, cache)
+    keys = None if rng is None else jax.random.split(rng, config.num_layers)
+    start, entries, balance = 0, [], {}
+    for name, layers in spec.stacks.items():
+        run = partial(_run_layers, config, layers, blocks, params[name], shared=shared)
+        if cache is None:
+            mine = None if keys is None else keys[start : start + len(layers)]
+            x, balance[name] = run(x, keys=mine)
+        else:
+            x, new = _run_cached(layers, blocks, params[name], x, shared, cache, start)
+            entries += new
+        start += len(layers)
+    if cache is not None:
+        read = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
+        cache = Cache(layers=tuple(entries), lengths=cache.lengths + read)
     hidden = parts["final_norm"].call(params["final_norm"], x)
     hidden_BTD = hidden.reshape(*tokens.ids.shape, -1)
 
     logits = rewards = values = None
     if "lm" in config.heads:
-        if config.tie_embeddings:
-            logits = lm_logits(hidden, embedding, transpose=True)
-        else:
-            logits = lm_logits(hidden, params["lm_head"]["kernel"], transpose=False)
+        logits = _logits(config, rules, params, hidden)
         logits = logits.reshape(*tokens.ids.shape, -1)
         logits = pin(logits, ("batch", "sequence", "act_vocab"))
     if "reward" in config.heads:
         rewards = parts["reward_head"].call(params["reward_head"], hidden_BTD)
     if "value" in config.heads:
         values = parts["value_head"].call(params["value_head"], hidden_BTD)
-    return Outputs(hidden=hidden_BTD, logits=logits, rewards=rewards, values=values, cache=cache)
+    extra = auxiliary(spec.balance, balance)
+    if "mtp" in parts and cache is None:
+        extra = join(
+            extra,
+            look_ahead(
+                spec.mtp,
+                _with_remat(config, parts["mtp"].call),
+                params["mtp"],
+                hidden,
+                tokens,
+                embed=lambda ids: pin(embed(ids).reshape(hidden.shape), (*ROWS[hidden.ndim], "act_embed")),
+                head=lambda x: pin(
+                    _logits(config, rules, params, x).reshape(*tokens.ids.shape, -1),
+                    ("batch", "sequence", "act_vocab"),
+                ),
+                rng=rng,
+                shared=shared,
+            ),
+        )
+    return Outputs(hidden=hidden_BTD, logits=logits, rewards=rewards, values=values, cache=cache, auxiliary=extra)
 
 
-def _layers(config, block, layers, x, rng, shared):
-    def body(carry, scanned):
-        layer, layer_rng = scanned
-        return block(layer, carry, rng=layer_rng, **shared)[0], None
+def _with_remat(config: DecoderConfig, call: Any) -> Any:
+    """``MTP`` as a function of (layer, hidden, embedded, rng, its other arguments), as ``config.remat`` wants it."""
+
+    def whole(static, layer, hidden, embedded, rng, arrays):
+        return call(layer, hidden, embedded, rng=rng, **arrays, **dict(static))
 
     if config.remat != "none":
-        body = jax.checkpoint(body, policy=REMAT[config.remat], prevent_cse=False)
-    keys = None if rng is None else jax.random.split(rng, config.num_layers)
-    return jax.lax.scan(body, x, (layers, keys), unroll=config.scan_unroll)[0]
+        whole = jax.checkpoint(whole, policy=REMAT[config.remat], prevent_cse=False, static_argnums=0)
+
+    def split(layer, hidden, embedded, rng, kwargs):
+        static = (("constrain", kwargs["constrain"]),)
+        return whole(static, layer, hidden, embedded, rng, {k: v for k, v in kwargs.items() if k != "constrain"})
+
+    return split
 
 
-def _cached_layers(config, block, layers, x, shared, cache):
-    """The cache rides in the loop's carry, so that XLA updates it in place instead of copying it every call."""
+def _logits(config: DecoderConfig, rules: ShardingRules, params: Params, hidden: Array) -> Array:
+    """``[..., D] -> float32 [..., V]``."""
+    if "lm_head" in params:  # also where embeddings are tied, if decoding has made a copy of its own
+        logits = lm_logits(hidden, params["lm_head"]["kernel"], transpose=False)
+    else:
+        table = params["embed"]["embedding"].astype(config.compute_dtype)
+        logits = lm_logits(hidden, constrain(table, ("vocab", "act_embed"), rules), transpose=True)
+    softcap = config.spec().final_softcap
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
-    def write(old, new):
-        return jax.lax.dynamic_update_slice_in_dim(old, new, cache.index, axis=1)
 
-    k_positions = write(cache.positions, shared["positions"])
-    k_segments = write(cache.segments, shared["segments"])
+def _period(layers: tuple[LayerSpec, ...]) -> int:
+    """After how many layers their kinds repeat."""
+    return next(p for p in range(1, len(layers) + 1) if all(a == b for a, b in zip(layers, layers[p:], strict=False)))
 
-    def body(carry, scanned):
-        x, keys, values = carry
-        layer, number = scanned
-        mine = (keys[number], values[number], k_positions, k_segments, cache.index)
-        x, (k, v) = block(layer, x, cache=mine, **shared)
-        return (x, keys.at[number].set(k), values.at[number].set(v)), None
 
-    numbers = jnp.arange(config.num_layers)
-    carry = (x, cache.keys, cache.values)
-    (x, keys, values), _ = jax.lax.scan(body, carry, (layers, numbers))
-    index = cache.index + shared["positions"].shape[1]
-    return x, Cache(keys=keys, values=values, positions=k_positions, segments=k_segments, index=index)
+def _run_layers(config, layers, blocks, params, x, *, keys, shared):
+    """Scans over turns of ``_period`` layers; a last, incomplete turn is run in line.
+
+    Returns x and what the layers say about their balance, stacked over layers (None for dense ones).
+    """
+
+    def call(spec, layer, x, key):
+        x, _, balance = blocks[spec](layer, x, rng=key, **shared)
+        return x, balance
+
+    if config.remat != "none":
+        call = jax.checkpoint(call, policy=REMAT[config.remat], prevent_cse=False, static_argnums=0)
+    period = _period(layers)
+    turns, rest = divmod(len(layers), period)
+    if isinstance(params, tuple):
+        turns, rest = 0, len(layers)
+    stacked, scanned = (params, keys), turns * period
+    balances = []
+    if turns:
+        if period == 1:
+
+            def body(x, scanned):
+                return call(layers[0], scanned[0], x, scanned[1])
+
+            x, balance = jax.lax.scan(body, x, stacked, unroll=min(config.scan_unroll, turns))
+        else:
+
+            def body(x, scanned):
+                said = []
+                for i, spec in enumerate(layers[:period]):
+                    layer, key = jax.tree.map(lambda leaf, i=i: leaf[i], scanned)
+                    x, balance = call(spec, layer, x, key)
+                    said.append(balance)
+                return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *said)
+
+            grouped = jax.tree.map(lambda a: a[:scanned].reshape(turns, period, *a.shape[1:]), stacked)
+            x, balance = jax.lax.scan(body, x, grouped)
+            balance = jax.tree.map(lambda a: a.reshape(scanned, *a.shape[2:]), balance)
+        balances.append(balance)
+    last = []
+    for i in range(len(layers) - rest, len(layers)):
+        x, balance = call(layers[i], _layer(params, i), x, None if keys is None else keys[i])
+        last.append(balance)
+    if last:
+        balances.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *last))
+    return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *balances)
+
+
+def _run_cached(layers, blocks, params, x, shared, cache, start):
+    """Layers in line, each with a cache of its own size."""
+    entries = []
+    for i, spec in enumerate(layers):
+        mine = (cache.layers[start + i], cache.lengths)
+        x, entry, _ = blocks[spec](_layer(params, i), x, cache=mine, **shared)
+        entries.append(entry)
+    return x, entries

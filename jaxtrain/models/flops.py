@@ -2,23 +2,42 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+from jaxtrain.models.attention import AttentionSpec
 from jaxtrain.models.decoder import DecoderConfig
+from jaxtrain.models.layers import MLPSpec
 
 
 def forward_flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     """Forward FLOPs a token, averaged over a row of ``seq_len`` tokens of one segment; a multiply-add is 2.
 
-    Matrix products and causal attention (a token sees (T + 1) / 2 keys on average); lookups, norms and softmax are
-    left out.
+    Matrix products and causal attention; lookups, biases, norms, activations and softmax are left out.  The sum over
+    ``config.spec().layers()`` of both parts and over the heads.  A part that is neither an ``AttentionSpec`` nor an
+    ``MLPSpec`` says itself what it takes: ``spec.flops_per_token(d_model, seq_len)``.
     """
-    D, N, K, H, F = config.d_model, config.num_heads, config.num_kv_heads, config.head_dim, config.d_ff
-    projections = 2 * D * H * (2 * N + 2 * K)
-    attention = 2 * 2 * N * H * (seq_len + 1) / 2
-    mlp = 2 * 3 * D * F
+    D = config.d_model
+    layers = sum(_part(layer.attention, D, seq_len) + _part(layer.mlp, D, seq_len) for layer in config.spec().layers())
     heads = sum({"lm": 2 * D * config.vocab_size, "reward": 2 * D, "value": 2 * D}[head] for head in config.heads)
-    return config.num_layers * (projections + attention + mlp) + heads
+    return layers + heads
 
 
 def train_flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     """Forward and backward: three times the forward pass.  What remat computes again is not counted."""
     return 3 * forward_flops_per_token(config, seq_len)
+
+
+def seen_keys(seq_len: int, window: int = 0) -> float:
+    """How many keys a token of a causal row sees, itself included, on average: token t sees ``min(t, window)``."""
+    if not 0 < window < seq_len:
+        return (seq_len + 1) / 2
+    return window - window * (window - 1) / (2 * seq_len)
+
+
+def _part(spec: Any, d_model: int, seq_len: int) -> float:
+    if isinstance(spec, AttentionSpec):
+        N, K, H = spec.num_heads, spec.num_kv_heads, spec.head_dim
+        return 2 * d_model * H * (2 * N + 2 * K) + 2 * 2 * N * H * seen_keys(seq_len, spec.window)
+    if isinstance(spec, MLPSpec):
+        return 2 * (3 if spec.gated else 2) * d_model * spec.d_ff
+    return spec.flops_per_token(d_model, seq_len)

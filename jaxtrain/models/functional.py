@@ -7,7 +7,7 @@ nested dict, and ``stack`` into the same over a leading ``layers`` axis, to be r
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -67,6 +67,10 @@ class Model:
 
     init: key -> Params, a plain nested dict.  apply: see ``types.Apply``.
     axes: the tree of ``init`` with tuples of logical names for leaves.
+    balance: (old params, new params, ``Auxiliary.counts`` of a whole batch) -> new params whose routers' biases moved
+        from the old ones by how unevenly experts were used; None of models that have no such biases.
+    logits: of a decoder, ``(params, hidden [..., D]) -> float32 [..., V]``: what ``apply`` does to its hidden states,
+        for those who want it of some of them.
     """
 
     config: Any
@@ -74,6 +78,8 @@ class Model:
     init: Callable[[Array], Params]
     apply: Apply
     axes: Params
+    balance: Callable[[Params, Params, Mapping[str, Array]], Params] | None = None
+    logits: Callable[[Params, Array], Array] | None = None
 
     def shapes(self) -> Params:
         """The parameter tree as ShapeDtypeStructs, without computing anything."""

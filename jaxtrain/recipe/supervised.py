@@ -92,6 +92,7 @@ class SupervisedJob:
             accumulate=stage.accumulate,
             clip_norm=stage.clip_norm,
             learning_rate=lambda done: stage.optimizer.learning_rate(done, stage.steps),
+            balance=self.model.balance,
             mesh=self.mesh,
             shardings=jax.tree.map(lambda x: x.sharding, target),
         )

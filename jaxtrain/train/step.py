@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh
 
-from jaxtrain.types import Apply, Array, Loss, Objective, Sum, TrainState
+from jaxtrain.types import Apply, Array, Auxiliary, Loss, Objective, Sum, TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
 
@@ -33,6 +34,51 @@ def split_rows(batch: Any, count: int) -> Any:
     return jax.tree.map(one, batch)
 
 
+def with_auxiliary(apply: Apply, objective: Objective, params: Any, batch: Any, rng: Array) -> Loss:
+    """The objective's loss, with the auxiliary losses, metrics and counts of every call that it makes of the model.
+
+    Each auxiliary loss is a mean over those calls, by its own weights, and is added for every unit of the objective's
+    weight: after the step's division its coefficient means the same whatever the objective counts.
+    Raises ValueError where a model with auxiliary losses is called inside a transformation of the objective's own
+    (``jax.checkpoint``, ``scan``, ``grad`` …), out of which they could not be taken.
+    """
+    found: list[Auxiliary] = []
+    outside = get_opaque_trace_state(convention="flax")
+
+    def collecting(*args: Any, **kwargs: Any) -> Any:
+        outputs = apply(*args, **kwargs)
+        auxiliary = outputs.auxiliary
+        if auxiliary is None:
+            return outputs
+        if get_opaque_trace_state(convention="flax") == outside:
+            found.append(auxiliary)
+        elif auxiliary.losses:
+            raise ValueError(
+                f"{type(objective).__name__} calls the model inside a transformation (jax.checkpoint, scan, grad …), "
+                f"where its auxiliary losses {sorted(auxiliary.losses)} would be lost: call it outside, or set their "
+                "coefficients to 0 in the model's config"
+            )
+        return outputs
+
+    loss = objective(collecting, params, batch, rng)
+    if not found:
+        return loss
+    losses, metrics = (_added([getattr(one, name) for one in found]) for name in ("losses", "metrics"))
+    extra = sum((divide(found) for found in losses.values()), jnp.zeros(()))
+    return dataclasses.replace(
+        loss,
+        total=loss.total + jax.lax.stop_gradient(loss.weight) * extra,
+        metrics={**metrics, **loss.metrics},
+        counts=_added([one.counts for one in found]),
+    )
+
+
+def _added(dicts: list[Mapping[str, Any]]) -> dict[str, Any]:
+    """Sums by name."""
+    names = {name: None for found in dicts for name in found}
+    return {name: jax.tree.map(lambda *x: sum(x), *(d[name] for d in dicts if name in d)) for name in names}
+
+
 def loss_and_grads(
     apply: Apply, objective: Objective, params: Any, batch: Any, rng: Array, accumulate: int = 1
 ) -> tuple[Loss, Any]:
@@ -40,10 +86,14 @@ def loss_and_grads(
 
     Nothing is divided here: averaging microbatch means would weight a token by how few others share its
     microbatch.  Gradients and sums are float32.
+
+    What a model wants of any objective in training (``Outputs.auxiliary``: balance of experts, multi-token prediction)
+    is added here, see ``with_auxiliary``.  A loss of balance is a product of means and so not a sum over tokens: it is
+    taken of each microbatch (over all its devices), and counts as much as the objective's weight in it.
     """
 
     def total(params, micro, rng):
-        loss = objective(apply, params, micro, rng)
+        loss = with_auxiliary(apply, objective, params, micro, rng)
         return loss.total, loss
 
     def once(micro, rng):
@@ -72,6 +122,7 @@ def make_train_step(
     accumulate: int = 1,
     clip_norm: float | None = 1.0,
     learning_rate: Callable[[Array], Array] | None = None,
+    balance: Callable[[Any, Any, Any], Any] | None = None,
     mesh: Mesh | None = None,
     shardings: TrainState | None = None,
 ) -> Step:
@@ -82,10 +133,12 @@ def make_train_step(
     or Inf leaves parameters and optimizer as they were and is counted in ``state.skipped`` and ``state.streak``.
 
     learning_rate: schedule over applied updates, for the metrics only.
+    balance: ``Model.balance``, for models whose routers' biases are moved by the loads of the whole batch rather than
+        by a gradient.  A skipped step leaves them too.
     mesh, shardings: where the state lives; the result stays there.
     metrics: float32 scalars: every metric of the objective divided by its own weight, "loss" (what is minimised,
         where the objective has no metric of that name), "weight" (tokens, pairs or sequences behind it), "grad_norm"
-        (before clipping), "skipped", "streak", and "learning_rate".
+        (before clipping), "skipped", "streak", "learning_rate", and the model's own ("moe/…", "mtp/…").
     """
     if accumulate < 1:
         raise ValueError(f"accumulate must be at least 1, found {accumulate}")
@@ -103,6 +156,13 @@ def make_train_step(
 
         updates, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
+        if balance is not None:
+            if loss.counts is None:
+                raise ValueError(
+                    f"{type(objective).__name__} calls the model inside a transformation (jax.checkpoint, scan, "
+                    "grad …), where the loads of its experts are lost: call it outside"
+                )
+            params = balance(state.params, params, loss.counts)
         good = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
         params, opt_state = jax.tree.map(
             lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)

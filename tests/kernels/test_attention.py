@@ -12,19 +12,27 @@ import pytest
 from jaxtrain.kernels.attention import api, reference
 
 
-def by_hand(q, k, v, q_positions, k_positions, q_segments, k_segments, *, causal, scale):
+def by_hand(
+    q, k, v, q_positions, k_positions, q_segments, k_segments, *, scale, causal=True, window=0, softcap=0.0, bias=None
+):
     """One query at a time, float64."""
     q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
     B, T, N, _ = q.shape
     group = N // k.shape[2]
-    out = np.zeros(q.shape)
+    out = np.zeros((B, T, N, v.shape[-1]))
     for b in range(B):
         for t in range(T):
             seen = (k_segments[b] == q_segments[b, t]) & (k_segments[b] > 0)
             if causal:
                 seen &= k_positions[b] <= q_positions[b, t]
+            if window:
+                seen &= np.abs(k_positions[b] - q_positions[b, t]) < window
             for n in range(N if seen.any() else 0):
                 logits = scale * (k[b, seen, n // group] @ q[b, t, n])
+                if softcap:
+                    logits = softcap * np.tanh(logits / softcap)
+                if bias is not None:
+                    logits = logits + bias[n, t, seen]
                 weights = np.exp(logits - logits.max())
                 out[b, t, n] = weights / weights.sum() @ v[b, seen, n // group]
     return out
@@ -37,8 +45,18 @@ class Case:
     N: int = 4
     K: int = 2
     H: int = 6
+    V: int = 6
     causal: bool = True
     scale: float | None = None
+    window: int = 0
+    softcap: float = 0.0
+    bias: bool = False
+
+    def options(self):
+        """Keyword arguments of the attention, less the scale."""
+        found = {"causal": self.causal, "window": self.window, "softcap": self.softcap}
+        bias = np.random.default_rng(2).normal(size=(self.N, self.T, self.S)).astype(np.float32)
+        return found | ({"bias": bias} if self.bias else {})
 
 
 CASES = {
@@ -50,6 +68,15 @@ CASES = {
     "chunk": Case(T=3, S=11),
     "bidirectional": Case(T=6, S=6, causal=False),
     "own-scale": Case(T=6, S=6, scale=0.3),
+    "narrow-values": Case(T=7, S=7, V=2),
+    "wide-values": Case(T=3, S=9, V=10),
+    "window": Case(T=9, S=9, window=3),
+    "window-of-one": Case(T=5, S=5, window=1),
+    "window-bidirectional": Case(T=9, S=9, window=2, causal=False),
+    "window-decode": Case(T=1, S=13, window=4),
+    "softcap": Case(T=7, S=7, softcap=0.7, scale=1.0),
+    "bias": Case(T=7, S=7, bias=True),
+    "everything": Case(T=5, S=8, V=4, window=4, softcap=1.5, bias=True, scale=0.8, causal=False),
 }
 
 
@@ -57,8 +84,8 @@ def inputs(case, seed=0):
     """Rows with two segments and padding at both ends, so that some queries see nothing."""
     rng = np.random.default_rng(seed)
     B = 3
-    q, k, v = (rng.normal(size=(B, n, h, case.H)).astype(np.float32) for n, h in
-               ((case.T, case.N), (case.S, case.K), (case.S, case.K)))  # fmt: skip
+    q, k, v = (rng.normal(size=(B, *size)).astype(np.float32) for size in
+               ((case.T, case.N, case.H), (case.S, case.K, case.H), (case.S, case.K, case.V)))  # fmt: skip
     k_segments = np.array([np.sort(rng.integers(0, 3, case.S)) for _ in range(B)], np.int32)
     k_segments[0] = 1
     k_positions = np.zeros((B, case.S), np.int32)
@@ -81,24 +108,31 @@ def inputs(case, seed=0):
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_matches_the_definition(case):
     arrays, masks = inputs(case)
-    out = api.attention(*arrays, **masks, causal=case.causal, scale=case.scale)
+    out = api.attention(*arrays, **masks, **case.options(), scale=case.scale)
     scale = case.H**-0.5 if case.scale is None else case.scale
-    expected = by_hand(*arrays, **masks, causal=case.causal, scale=scale)
+    expected = by_hand(*arrays, **masks, **case.options(), scale=scale)
     assert out.dtype == jnp.float32
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
 
-def test_gradients_match_differences_of_the_definition():
-    case = CASES["odd"]
+@pytest.mark.parametrize("name", ["odd", "everything"])
+def test_gradients_match_differences_of_the_definition(name):
+    case = CASES[name]
     arrays, masks = inputs(case)
+    options = case.options()
+    arrays = [*arrays, options.pop("bias", np.zeros((case.N, case.T, case.S), np.float32))]
+    scale = case.H**-0.5 if case.scale is None else case.scale
     rng = np.random.default_rng(1)
-    weights = rng.normal(size=arrays[0].shape)
-    grads = jax.grad(lambda qkv: jnp.sum(weights * api.attention(*qkv, **masks)))(arrays)
+    weights = rng.normal(size=(*arrays[0].shape[:-1], case.V))
 
-    def total(qkv):
-        return np.sum(weights * by_hand(*qkv, **masks, causal=True, scale=case.H**-0.5))
+    def mine(arrays):
+        return jnp.sum(weights * api.attention(*arrays[:3], **masks, **options, bias=arrays[3], scale=scale))
 
-    for which in range(3):
+    def total(arrays):
+        return np.sum(weights * by_hand(*arrays[:3], **masks, **options, bias=arrays[3], scale=scale))
+
+    grads = jax.grad(mine)(arrays)
+    for which in range(4):
         direction = rng.normal(size=arrays[which].shape)
         shifted = [
             total([x + (sign * 1e-5 * direction if i == which else 0) for i, x in enumerate(arrays)])
@@ -106,6 +140,21 @@ def test_gradients_match_differences_of_the_definition():
         ]
         difference = (shifted[0] - shifted[1]) / 2e-5
         assert np.sum(grads[which] * direction) == pytest.approx(difference, rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["decode", "window-decode", "decode-capped"])
+def test_one_query_over_a_cache_is_attention_of_one_query(name):
+    case = Case(T=1, S=9, V=4, softcap=0.9, scale=0.7) if name == "decode-capped" else CASES[name]
+    (q, k, v), masks = inputs(case)
+    masks["q_segments"][1] = 0
+    visible = reference.attention_mask(*masks.values(), causal=True, window=case.window)[:, 0]
+    assert not visible[1].any() and visible.any()
+    found = api.decode_attention(
+        q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), visible, scale=case.scale, softcap=case.softcap
+    )
+    wanted = api.attention(q, k, v, **masks, scale=case.scale, softcap=case.softcap, window=case.window)[:, 0]
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
+    assert np.all(np.asarray(found[1]) == 0)
 
 
 @pytest.mark.smoke
@@ -155,13 +204,14 @@ def test_shapes_that_do_not_fit_are_named():
             {"k_segments": masks["k_segments"][:, :3]},
             r"k_segments has shape \(3, 3\), expected \(3, 7\)",
         ),
+        ((q, k, v), {"bias": np.zeros((4, 7, 6))}, r"bias has shape \(4, 7, 6\), expected \(4, 7, 7\)"),
     ]:
         with pytest.raises(ValueError, match=message):
             api.attention(*arguments, **masks | changes)
 
 
-@pytest.mark.parametrize("length", [128, 256, 512])
-def test_blocks_of_an_ordered_sequence_change_nothing(length):
+@pytest.mark.parametrize(("length", "window"), [(128, 0), (256, 0), (256, 50), (512, 0)])
+def test_blocks_of_an_ordered_sequence_change_nothing(length, window):
     """Packed rows with padding on either side: value and gradient equal those of the whole matrix."""
     rng = np.random.default_rng(length)
     B, N, K, H = 2, 4, 2, 8
@@ -170,6 +220,7 @@ def test_blocks_of_an_ordered_sequence_change_nothing(length):
     segments[0, -length // 5 :], segments[1, : length // 5] = 0, 0
     starts = np.array([[np.argmax(row == s) for s in row] for row in segments])
     positions = (np.arange(length) - starts).astype(np.int32)
+    bias = rng.normal(size=(N, length, length)).astype(np.float32) if window else None
 
     def run(in_order):
         def loss(q, k, v):
@@ -182,6 +233,9 @@ def test_blocks_of_an_ordered_sequence_change_nothing(length):
                 q_segments=segments,
                 k_segments=segments,
                 in_order=in_order,
+                window=window,
+                bias=bias,
+                softcap=2.0 if window else 0.0,
             )
             return jnp.sum(out * g), out
 

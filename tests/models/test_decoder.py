@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxtrain.models import DecoderConfig, Rope, build_model, init_cache
-from jaxtrain.models.flops import forward_flops_per_token, train_flops_per_token
+from jaxtrain.models.flops import forward_flops_per_token, seen_keys, train_flops_per_token
 from jaxtrain.sharding import MeshConfig, make_mesh
 from jaxtrain.types import Tokens
 
@@ -144,7 +144,7 @@ def test_the_cache_gives_what_the_whole_row_gives(qk_norm):
         cache = out.cache
         parts.append(read(out))
     found = np.concatenate(parts, axis=1)
-    assert int(cache.index) == T and cache.segments[0].tolist() == [1] * T + [0] * 5
+    assert cache.lengths.tolist() == segments.sum(axis=1).tolist()
     np.testing.assert_allclose(found[segments > 0], whole[segments > 0], atol=1e-5, rtol=1e-5)
 
 
@@ -267,6 +267,12 @@ def test_flops_by_hand():
     attention = sum(2 * 2 * 4 * 4 * (t + 1) for t in range(8)) / 8
     assert forward_flops_per_token(config, 8) == 2 * (layer + attention) + 2 * 16 * V + 2 * 16
     assert train_flops_per_token(config, 8) == 3 * forward_flops_per_token(config, 8)
+
+
+@pytest.mark.parametrize(("length", "window"), [(8, 0), (8, 3), (8, 8), (8, 20), (1, 1)])
+def test_seen_keys_are_counted_one_by_one(length, window):
+    counts = [sum(s <= t and (not window or t - s < window) for s in range(length)) for t in range(length)]
+    assert seen_keys(length, window) == pytest.approx(np.mean(counts))
 
 
 @pytest.mark.parametrize(

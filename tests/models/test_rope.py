@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import jax.numpy as jnp
@@ -57,6 +58,92 @@ def test_frequencies_are_those_of_transformers(name, head_dim):
     found, amplitude = inverse_wavelengths(rope, head_dim)
     np.testing.assert_allclose(found, inverse.numpy(), rtol=2e-6)
     assert amplitude == pytest.approx(factor)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("fraction", [0.25, 0.5, 0.75])
+@pytest.mark.parametrize("name", ["linear", "llama3", "yarn"])
+def test_frequencies_of_a_part_of_the_head_are_those_of_transformers(name, fraction):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    rope, parameters = SCALED[name]
+    config = transformers.GlmConfig(
+        head_dim=64,
+        max_position_embeddings=int(rope.factor * (rope.original_max_positions or 256)),
+        rope_parameters=parameters | {"rope_theta": rope.theta, "partial_rotary_factor": fraction},
+    )
+    inverse, factor = ROPE_INIT_FUNCTIONS[name](config, device="cpu")
+    found, amplitude = inverse_wavelengths(dataclasses.replace(rope, fraction=fraction), 64)
+    assert found.shape == (int(32 * fraction),)
+    np.testing.assert_allclose(found, inverse.numpy(), rtol=2e-6)
+    assert amplitude == pytest.approx(factor)
+
+
+@pytest.mark.parity
+@pytest.mark.parametrize("given", [{}, {"attention_factor": 1.7}, {"factor": 5.0}], ids=str)
+def test_longrope_is_that_of_transformers(given):
+    pytest.importorskip("torch")
+    transformers = pytest.importorskip("transformers")
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    short, long = [1.0, 1.5, 2.0, 3.0, 4.5, 7.0], [1.0, 2.0, 5.0, 9.0, 20.0, 40.0]
+    config = transformers.Phi3Config(
+        hidden_size=32,
+        num_attention_heads=2,
+        original_max_position_embeddings=64,
+        max_position_embeddings=512,
+        rope_parameters={"rope_type": "longrope", "short_factor": short, "long_factor": long, "rope_theta": 500.0}
+        | {"partial_rotary_factor": 0.75}
+        | given,
+    )
+    rope = Rope(theta=500.0, fraction=0.75, **LONGROPE | {"factor": 8.0} | given)
+    for length, beyond in ((64, False), (65, True)):
+        inverse, factor = ROPE_INIT_FUNCTIONS["longrope"](config, device="cpu", seq_len=length)
+        found, amplitude = inverse_wavelengths(rope, 16, long=beyond)
+        np.testing.assert_allclose(found, inverse.numpy(), rtol=2e-6)
+        assert amplitude == pytest.approx(factor)
+
+
+LONGROPE = {
+    "scaling": "longrope",
+    "original_max_positions": 64,
+    "short_factor": (1.0, 1.5, 2.0, 3.0, 4.5, 7.0),
+    "long_factor": (1.0, 2.0, 5.0, 9.0, 20.0, 40.0),
+}
+
+
+def test_longrope_asks_for_every_token_whether_its_text_is_long():
+    rope, positions = Rope(fraction=0.75, factor=4.0, **LONGROPE), np.array([[3, 70], [3, 70]])
+    long = np.array([[False, True], [True, False]])
+    cos, sin = rope_tables(rope, positions, H, long_BT=long)
+    amplitude = math.sqrt(1 + math.log(4) / math.log(64))
+    for row, column in np.ndindex(2, 2):
+        inverse, _ = inverse_wavelengths(rope, H, long=long[row, column])
+        angles = positions[row, column] * inverse
+        np.testing.assert_allclose(cos[row, column, 0], np.cos(angles) * amplitude, atol=1e-5)
+        np.testing.assert_allclose(sin[row, column, 0], np.sin(angles) * amplitude, atol=1e-5)
+    np.testing.assert_array_equal(rope_tables(rope, positions[:1], H, long_BT=long[1:, :1])[0][0, 1], cos[0, 1])
+    with pytest.raises(ValueError, match="depends on the text's length, which Phi3Config alone looks at"):
+        rope_tables(rope, positions, H)
+
+
+def test_what_is_not_turned_stays():
+    """The first quarter of a head is turned as a head of that size would be."""
+    x = np.random.default_rng(0).normal(size=(1, 3, 2, H)).astype(np.float32)
+    positions = np.array([[0, 5, 9]])
+    out = np.asarray(apply_rope(x, *rope_tables(Rope(fraction=0.25), positions, H)))
+    np.testing.assert_array_equal(out[..., 4:], x[..., 4:])
+    np.testing.assert_array_equal(out[..., :4], apply_rope(x[..., :4], *rope_tables(Rope(), positions, 4)))
+    assert np.abs(out[:, 1:, :, :4] - x[:, 1:, :, :4]).min() > 1e-3
+
+
+def test_parts_of_heads_that_make_no_pairs_are_refused():
+    with pytest.raises(ValueError, match=r"Rope.fraction=0.35 of head_dim=16 is 5 dimensions; it must be even"):
+        Rope(fraction=0.35).rotary_dim(16)
+    with pytest.raises(ValueError, match="have 6 divisors, but a head of 16 has 8 pairs to turn"):
+        Rope(**LONGROPE).rotary_dim(16)
 
 
 @pytest.mark.smoke
@@ -119,6 +206,18 @@ def test_angles_are_float32_whatever_the_input():
         ({"scaling": "linear", "factor": 0.5}, "found 10000.0 and 0.5"),
         ({"factor": 2.0}, "Rope.factor is 2.0, but Rope.scaling is 'none'"),
         ({"scaling": "yarn", "factor": 2.0}, "'yarn' needs Rope.original_max_positions"),
+        ({"fraction": 0.0}, "Rope.fraction must be above 0 and at most 1, found 0.0"),
+        ({"fraction": 1.5}, "Rope.fraction must be above 0 and at most 1, found 1.5"),
+        (LONGROPE | {"original_max_positions": 0}, "'longrope' needs Rope.original_max_positions"),
+        (LONGROPE | {"long_factor": ()}, "'longrope' needs Rope.long_factor: a positive divisor for every pair"),
+        (LONGROPE | {"short_factor": (1.0, 0.0)}, "'longrope' needs Rope.short_factor: a positive divisor"),
+        (LONGROPE | {"short_factor": (1.0, 2.0)}, "Rope.short_factor has 2 divisors, Rope.long_factor 6"),
+        (
+            LONGROPE | {"original_max_positions": 1, "factor": 2.0},
+            "does not follow from Rope.original_max_positions = 1",
+        ),
+        ({"attention_factor": 1.1}, "belong to Rope.scaling 'longrope', found 'none'"),
+        ({"short_factor": (1.0,)}, "belong to Rope.scaling 'longrope', found 'none'"),
     ],
 )
 def test_mistakes_are_named(settings, message):

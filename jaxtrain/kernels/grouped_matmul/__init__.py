@@ -1,0 +1,1 @@
+"""Products of consecutive groups of rows, each with a matrix of its own."""
