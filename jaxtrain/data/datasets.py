@@ -19,7 +19,7 @@ import numpy as np
 from jaxtrain.data import chat, packing
 from jaxtrain.data.sources import SPLITS, Row, RowSource, TextSource
 from jaxtrain.data.store import RecordSource, atomic_directory, write_records
-from jaxtrain.data.tokenizer import Tokenizer
+from jaxtrain.data.tokenizer_base import TextTokenizer
 from jaxtrain.types import Array, Pairs, Tokens, record
 
 _PREPARED = "prepared.json"
@@ -66,7 +66,7 @@ def _chunks(items: Sequence, size: int) -> Iterator[Sequence]:
         yield items[start : start + size]
 
 
-def _encode(tokenizer: Tokenizer, texts: Sequence[str], where: str) -> list[np.ndarray]:
+def _encode(tokenizer: TextTokenizer, texts: Sequence[str], where: str) -> list[np.ndarray]:
     """Each text's ids as int32, checked against the vocabulary."""
     encoded = []
     for chunk in _chunks(texts, _CHUNK):
@@ -80,11 +80,26 @@ def _encode(tokenizer: Tokenizer, texts: Sequence[str], where: str) -> list[np.n
     return encoded
 
 
+def _conversations(
+    tokenizer: TextTokenizer, prompts: Sequence[str], completions: Sequence[str], where: str
+) -> list[packing.Example]:
+    """Each pair as ids and mask, checked against the vocabulary."""
+    examples = []
+    for pairs in _chunks(list(zip(prompts, completions, strict=True)), _CHUNK):
+        try:
+            examples += chat.conversations(tokenizer, *zip(*pairs, strict=True))
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+    for ids, _ in examples:
+        packing.check_ids(ids, tokenizer.vocab_size, where)
+    return examples
+
+
 def _size(texts: Iterable[str]) -> int:
     return sum(len(text.encode()) for text in texts)
 
 
-def _fingerprint(kind: str, settings: Info, tokenizer: Tokenizer, content: dict[str, Sequence]) -> str:
+def _fingerprint(kind: str, settings: Info, tokenizer: TextTokenizer, content: dict[str, Sequence]) -> str:
     head = {"version": _VERSION, "kind": kind, "settings": settings, "tokenizer": tokenizer.digest}
     digest = hashlib.sha256(json.dumps(head, sort_keys=True).encode())
     for split in SPLITS:
@@ -111,7 +126,7 @@ def _reusable(directory: str, fingerprint: str) -> Prepared | None:
 
 def _prepare(
     dataset: Any,
-    tokenizer: Tokenizer,
+    tokenizer: TextTokenizer,
     directory: str | os.PathLike,
     content: dict[str, Sequence],
     pack: Callable[[Sequence, str], Packed],
@@ -175,16 +190,17 @@ class TextDataset:
     def __post_init__(self):
         _check_length("seq_len", self.seq_len, 2)
 
-    def prepare(self, tokenizer: Tokenizer, directory: str | os.PathLike) -> Prepared:
+    def prepare(self, tokenizer: TextTokenizer, directory: str | os.PathLike) -> Prepared:
         """Raises ValueError, naming the source, when a split of it is empty."""
         content = {split: list(self.source.documents(split)) for split in SPLITS}
 
         def pack(documents: Sequence[str], where: str) -> Packed:
+            start, end = tokenizer.document_ids()
             rows = packing.pack_documents(
                 _encode(tokenizer, documents, where),
                 self.seq_len,
-                bos_id=tokenizer.bos_id,
-                eos_id=tokenizer.eos_id,
+                bos_id=start,
+                eos_id=end,
                 pad_id=tokenizer.pad_id,
             )
             tokens = int(rows["weights"].sum(dtype=np.int64))
@@ -200,7 +216,7 @@ class TextDataset:
 class InstructionDataset:
     """Rows with ``prompt`` and ``completion``, packed whole into rows of ``seq_len`` (packing.pack_examples).
 
-    Only the completion and the ``<|end|>`` that closes it are trained.  Rows whose prompt fills ``seq_len``
+    Only the completion and the id that ends its turn are trained.  Rows whose prompt fills ``seq_len``
     are dropped and counted in ``info``.
     """
 
@@ -210,13 +226,12 @@ class InstructionDataset:
     def __post_init__(self):
         _check_length("seq_len", self.seq_len, 2)
 
-    def prepare(self, tokenizer: Tokenizer, directory: str | os.PathLike) -> Prepared:
+    def prepare(self, tokenizer: TextTokenizer, directory: str | os.PathLike) -> Prepared:
         """Raises ValueError, naming the source, when a split of it is empty."""
 
         def pack(content: Sequence[Row], where: str) -> Packed:
-            prompts = _encode(tokenizer, [row["prompt"] for row in content], where)
-            completions = _encode(tokenizer, [row["completion"] for row in content], where)
-            examples = [chat.wrap(tokenizer, *pair) for pair in zip(prompts, completions, strict=True)]
+            texts = ([row[name] for row in content] for name in ("prompt", "completion"))
+            examples = _conversations(tokenizer, *texts, where)
             rows, counts = packing.pack_examples(examples, self.seq_len, pad_id=tokenizer.pad_id)
             tokens = int(rows["weights"].sum(dtype=np.int64))
             size = _size(row["completion"] for row in content)
@@ -243,18 +258,16 @@ class PairDataset:
     def __post_init__(self):
         _check_length("seq_len", self.seq_len, 2)
 
-    def prepare(self, tokenizer: Tokenizer, directory: str | os.PathLike) -> Prepared:
+    def prepare(self, tokenizer: TextTokenizer, directory: str | os.PathLike) -> Prepared:
         """Raises ValueError, naming the source, when a split of it is empty."""
 
         def pack(content: Sequence[Row], where: str) -> Packed:
-            texts = {
-                name: _encode(tokenizer, [row[name] for row in content], where)
-                for name in ("prompt", "chosen", "rejected")
-            }
-            pairs = [
-                (chat.wrap(tokenizer, prompt, chosen), chat.wrap(tokenizer, prompt, rejected))
-                for prompt, chosen, rejected in zip(*texts.values(), strict=True)
+            prompts = [row["prompt"] for row in content]
+            sides = [
+                _conversations(tokenizer, prompts, [row[name] for row in content], where)
+                for name in ("chosen", "rejected")
             ]
+            pairs = list(zip(*sides, strict=True))
             chosen, rejected, index, counts = packing.pack_pairs(pairs, self.seq_len, pad_id=tokenizer.pad_id)
             kept = [content[i] for i in index]
             fields = {f"chosen/{name}": values for name, values in chosen.items()}
@@ -283,7 +296,7 @@ class PairDataset:
 class PromptDataset:
     """Rows with a ``prompt``, to be answered by a policy; all columns stay available by ``Prompts.rows``.
 
-    A prompt longer than ``max_prompt_len`` ids keeps the start of its text and all of its chat markers, so
+    A prompt longer than ``max_prompt_len`` ids keeps the start of its text and all of its chat format, so
     the policy still knows that it is its turn; ``info`` counts these as truncated.
     """
 
@@ -293,20 +306,24 @@ class PromptDataset:
     def __post_init__(self):
         _check_length("max_prompt_len", self.max_prompt_len, 5)  # four markers and an id of text
 
-    def prepare(self, tokenizer: Tokenizer, directory: str | os.PathLike) -> Prepared:
+    def prepare(self, tokenizer: TextTokenizer, directory: str | os.PathLike) -> Prepared:
         """Raises ValueError, naming the source, when a split of it is empty."""
 
         def pack(content: Sequence[Row], where: str) -> Packed:
-            texts = _encode(tokenizer, [row["prompt"] for row in content], where)
-            room = self.max_prompt_len - len(chat.wrap_prompt(tokenizer, []))
-            prompts = [np.array(chat.wrap_prompt(tokenizer, ids[:room]), np.int32) for ids in texts]
+            try:
+                cut = chat.cut_prompts(tokenizer, [row["prompt"] for row in content], self.max_prompt_len)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            prompts = [prompt for prompt, _ in cut]
+            for prompt in prompts:
+                packing.check_ids(prompt, tokenizer.vocab_size, where)
             ids, lengths = packing.pad_prompts(prompts, self.max_prompt_len, pad_id=tokenizer.pad_id)
             fields = {"ids": ids, "lengths": lengths, "rows": np.arange(len(content), dtype=np.int32)}
             info = {
                 "rows": len(content),
                 "bytes": _size(row["prompt"] for row in content),
                 "tokens": int(lengths.sum(dtype=np.int64)),
-                "truncated": sum(len(ids) > room for ids in texts),
+                "truncated": sum(shortened for _, shortened in cut),
             }
             return fields, content, info
 

@@ -1,4 +1,7 @@
-"""A lossless SentencePiece BPE: ``decode(encode(text)) == text`` for every text that is valid Unicode."""
+"""Our own tokenizer, a lossless SentencePiece BPE, and where a saved tokenizer of any kind is loaded.
+
+Lossless: ``decode(encode(text)) == text`` for every text that is valid Unicode.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +10,14 @@ import hashlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 import sentencepiece
 
 from jaxtrain.data.sources import TextSource, hash_int
+from jaxtrain.data.tokenizer_base import TextTokenizer, check_unicode, read_saved, save_files
 
 _PAD, _BOS, _EOS, _UNK = "<|pad|>", "<|bos|>", "<|eos|>", "<|unk|>"
 _USER, _ASSISTANT, _END = "<|user|>", "<|assistant|>", "<|end|>"
@@ -28,7 +33,7 @@ _SENTENCE_BYTES = 4192
 _MODEL_FILE, _META_FILE = "tokenizer.model", "tokenizer.json"
 
 
-class Tokenizer:
+class Tokenizer(TextTokenizer):
     """Text to ids and back.
 
     Control ids (pad 0, bos, eos, user, assistant, end) are all distinct; no text encodes to one of them, not
@@ -51,6 +56,9 @@ class Tokenizer:
             raise ValueError(f"the SentencePiece model lacks the pieces {missing}; train it with SentencePieceBPE")
         self.pad_id, self.bos_id, self.eos_id = ids[_PAD], ids[_BOS], ids[_EOS]
         self.user_id, self.assistant_id, self.end_id = ids[_USER], ids[_ASSISTANT], ids[_END]
+        self.stop_ids, self.prefix_ids = (self.end_id, self.eos_id), (self.bos_id,)
+        self._control = {piece: ids[piece] for piece in _CONTROL}
+        self.special_ids = frozenset([*self._control.values(), ids[_UNK]])
         self._mark_ids = [ids[f"<0x{byte:02X}>"] for byte in _SPACE_MARK.encode()]
         self._bytes = []
         for i, piece in enumerate(pieces):
@@ -66,10 +74,17 @@ class Tokenizer:
         """The ids of ``text``, without any control id.  Raises ValueError for a lone surrogate."""
         return self.encode_batch([text])[0]
 
+    def encode_rendered(self, text: str) -> list[int]:
+        parts = re.split(f"({'|'.join(map(re.escape, _CONTROL))})", text)
+        encoded = self.encode_batch(parts[::2])
+        ids = encoded[0]
+        for name, more in zip(parts[1::2], encoded[1:], strict=True):
+            ids += [self._control[name], *more]
+        return ids
+
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """``[encode(text) for text in texts]``, on several threads."""
         for text in texts:
-            _check_unicode(text)
+            check_unicode(text)
         split = [text.split(_SPACE_MARK) for text in texts]
         parts = [part for pieces in split for part in pieces]
         threads = max(1, min(len(parts), os.cpu_count() or 1))
@@ -84,35 +99,25 @@ class Tokenizer:
         return results
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of ``ids``; control ids are dropped, and bytes that are not UTF-8 become U+FFFD.
-
-        Raises ValueError for an id outside the vocabulary.
-        """
-        ids = [int(i) for i in ids]
-        for i in ids:
-            if not 0 <= i < self.vocab_size:
-                raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size} ids")
-        return b"".join(self._bytes[i] for i in ids).decode("utf-8", "replace")
+        return b"".join(self._bytes[i] for i in self.shown_ids(ids)).decode("utf-8", "replace")
 
     def piece(self, i: int) -> str:
-        """What id ``i`` stands for, for display: its text, a control's name, or ``<0xE2>`` for a byte."""
-        if not 0 <= i < self.vocab_size:
-            raise ValueError(f"id {i} is outside the vocabulary of {self.vocab_size} ids")
+        self.shown_ids([i])
+        if i >= self.vocab_size:
+            return f"<id {i}>"
         return self._pieces[i].replace(_SPACE_MARK, " ")
 
     def token_bytes(self) -> np.ndarray:
-        """int32 ``[vocab_size]``: how many UTF-8 bytes of text each id stands for; 0 for control ids."""
         return np.array([len(data) for data in self._bytes], np.int32)
 
     def save(self, directory: str | os.PathLike) -> None:
-        """Writes the model and its digest to ``directory``."""
-        os.makedirs(directory, exist_ok=True)
         meta = {"digest": self.digest, "vocab_size": self.vocab_size}
-        for name, data in ((_MODEL_FILE, self._model), (_META_FILE, json.dumps(meta, indent=1).encode())):
-            path = os.path.join(directory, name)
-            with open(f"{path}.tmp", "wb") as file:
-                file.write(data)
-            os.replace(f"{path}.tmp", path)
+        save_files(directory, {_MODEL_FILE: self._model, _META_FILE: json.dumps(meta, indent=1).encode()})
+
+    def export_files(self) -> dict[str, bytes]:
+        from jaxtrain.data.tokenizer_export import lossless_files
+
+        return lossless_files(self._model)
 
     @classmethod
     def load(cls, directory: str | os.PathLike) -> Tokenizer:
@@ -129,16 +134,6 @@ class Tokenizer:
         if hashlib.sha256(model).hexdigest() != digest:
             raise ValueError(f"{os.path.join(directory, _MODEL_FILE)} is damaged: its digest is not {digest}")
         return cls(model)
-
-
-def _check_unicode(text: str) -> None:
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(
-            f"the text has a lone surrogate (U+{ord(text[error.start]):04X}) at character {error.start}, "
-            f"which is not valid Unicode: {text[max(error.start - 20, 0) : error.start + 20]!r}"
-        ) from None
 
 
 def _sentences(document: str) -> Iterator[str]:
@@ -187,7 +182,7 @@ class SentencePieceBPE:
         for source in self.sources:
             total = 0
             for document in source.documents("train"):
-                _check_unicode(document)
+                check_unicode(document)
                 total += len(document.encode())
             for document in source.documents("train"):
                 if total <= self.max_bytes or hash_int("sample", document) < self.max_bytes / total * 2.0**64:
@@ -243,11 +238,34 @@ class SentencePieceBPE:
 class SavedTokenizer:
     """A tokenizer that is there already, so that a run can start from another run's checkpoint.
 
-    directory: a ``tokenizer`` folder, as a run and each of its stages have one.
+    directory: a run, one of its stages, or an imported model, or the ``tokenizer`` folder in any of them.
     """
 
     directory: str
 
+    def load(self) -> TextTokenizer:
+        """Raises ValueError when it is missing or damaged."""
+        inside = os.path.join(self.directory, "tokenizer")
+        return load_tokenizer(inside if os.path.isdir(inside) else self.directory)
+
     @property
     def vocab_size(self) -> int:
-        return Tokenizer.load(self.directory).vocab_size
+        return self.load().vocab_size
+
+
+def load_tokenizer(directory: str | os.PathLike) -> TextTokenizer:
+    """The tokenizer saved in ``directory``, of whatever kind.  Raises ValueError when it is missing or damaged."""
+    saved = read_saved(directory)
+    if saved is None:
+        return Tokenizer.load(directory)
+    # Imported here, since most runs need none of these libraries.
+    from jaxtrain.data import tokenizer_hf, tokenizer_sentencepiece
+
+    kind, files, settings = saved
+    kinds = {
+        tokenizer_hf.KIND: tokenizer_hf.HfTokenizer,
+        tokenizer_sentencepiece.KIND: tokenizer_sentencepiece.SentencePieceTokenizer,
+    }
+    if kind not in kinds:
+        raise ValueError(f"the tokenizer in {os.fspath(directory)!r} is of kind {kind!r}; known are {sorted(kinds)}")
+    return kinds[kind](files, **settings)

@@ -210,3 +210,27 @@ def test_fields_are_those_of_the_records(tmp_path, tokenizer, texts):
     dataset = TextDataset(source=texts(("a",)), seq_len=8)
     record = dataset.prepare(tokenizer, tmp_path / "data").train[0]
     assert {name: values.dtype for name, values in record.items()} == packing.TOKEN_FIELDS
+
+
+def test_data_sets_in_a_chat_template(tmp_path, table, texts, tiny_files):
+    from jaxtrain.data.tokenizer_hf import HfTokenizer
+
+    t = HfTokenizer(tiny_files())
+    rows = [{"prompt": f"say {i}", "completion": f"{i}!", "chosen": "yes", "rejected": "no"} for i in range(6)]
+    source = table(tuple(rows))
+    instructions = InstructionDataset(source=source, seq_len=48).prepare(t, tmp_path / "i")
+    row = instructions.train[0]
+    trained = row["targets"][row["weights"] > 0]
+    count = row["segments"].max()
+    assert (trained == t.eos_id).sum() == t.decode(trained).count("!") == count > 1
+    pairs = PairDataset(source=source, seq_len=48).prepare(t, tmp_path / "p")
+    side = pairs.train[0]
+    assert t.decode(side["rejected/targets"][side["rejected/weights"] > 0]) == "no"
+    prompts = PromptDataset(source=table(({"prompt": "long " * 50},)), max_prompt_len=20).prepare(t, tmp_path / "q")
+    ids = prompts.train[0]["ids"][-int(prompts.train[0]["lengths"]) :]
+    assert prompts.info["train"]["truncated"] == 1 and t.decode(ids).endswith("\nassistant\n")
+    with pytest.raises(ValueError, match=r"\(train\): the chat format alone takes"):
+        PromptDataset(source=source, max_prompt_len=5).prepare(t, tmp_path / "r")
+    documents = TextDataset(source=texts(("one two", "three")), seq_len=16).prepare(t, tmp_path / "t")
+    first = documents.train[0]
+    assert first["ids"][0] == t.eos_id and (first["targets"][first["weights"] > 0] == t.eos_id).sum() == 2
