@@ -6,20 +6,24 @@ Orbax restores an array with a flipped bit without a word, so each array's diges
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import logging
+import math
 import shutil
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxtrain.types import path_name
 
 log = logging.getLogger("jaxtrain")
 TRASH = "trash"
+PART = 2**21  # elements of an array whose digest is taken at a time
 
 
 class CheckpointError(ValueError):
@@ -30,11 +34,10 @@ class DiskFullError(ValueError):
     """Not enough room for a checkpoint.  The ones saved before are untouched."""
 
 
-def _words(x: jax.Array) -> jax.Array:
+def _bits(x: jax.Array) -> jax.Array:
     if x.dtype == jnp.bool_:
-        return x.astype(jnp.uint32)
-    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize]
-    return jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
+        return x.astype(jnp.uint8)
+    return jax.lax.bitcast_convert_type(x, {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32}[x.dtype.itemsize])
 
 
 def _mix(x: jax.Array) -> jax.Array:
@@ -47,17 +50,55 @@ def _mix(x: jax.Array) -> jax.Array:
     return x ^ (x >> 16)
 
 
+def _sums(x: jax.Array, index: jax.Array | int, strides: list[int]) -> jax.Array:
+    """Both sums over ``x``, whose first element has the number ``index`` (from 1) in the whole array."""
+    words = _mix(_bits(x).astype(jnp.uint32))
+    index = jnp.asarray(index, jnp.uint32)
+    for dim, stride in enumerate(strides):
+        index = index + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
+    return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * index, dtype=jnp.uint32)])
+
+
+def _strides(shape: tuple[int, ...]) -> list[int]:
+    return [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
+
+
 @jax.jit
 def _digests(leaves: list[jax.Array]) -> list[jax.Array]:
-    def one(x):
-        words = _mix(_words(x))
-        index, stride = jnp.ones((), jnp.uint32), 1
-        for dim in range(x.ndim - 1, -1, -1):
-            index = index + jax.lax.broadcasted_iota(jnp.uint32, x.shape, dim) * jnp.uint32(stride % 2**32)
-            stride *= x.shape[dim]
-        return jnp.stack([jnp.sum(words, dtype=jnp.uint32), jnp.sum(words * index, dtype=jnp.uint32)])
+    return [_sums(x, 1, _strides(x.shape)) for x in leaves]
 
-    return [one(x) for x in leaves]
+
+@functools.partial(jax.jit, static_argnums=(2, 3))
+def _digest_of_part(x: jax.Array, start: jax.Array, count: int, axis: int) -> jax.Array:
+    strides = _strides(x.shape)
+    index = 1 + start.astype(jnp.uint32) * jnp.uint32(strides[axis] % 2**32)
+    return _sums(jax.lax.dynamic_slice_in_dim(x, start, count, axis), index, strides)
+
+
+def _digest_in_parts(x: jax.Array, axis: int) -> jax.Array:
+    """The digest of a large array, a part at a time: its words take four bytes each, however small its own dtype.
+
+    A loop within one program would not do: XLA takes what it can of the loop's body, all the words, out of it.
+    """
+    size = x.shape[axis]
+    rows = min(size, max(1, PART // (x.size // size)))
+    total = jnp.zeros(2, jnp.uint32)
+    for start in range(0, size, rows):
+        total = total + _digest_of_part(x, jnp.int32(start), min(rows, size - start), axis)
+    return total
+
+
+def _part_axis(x: Any) -> int | None:
+    """The dimension along which a large array is taken in parts; None for a small one, or one split in every dimension.
+
+    One that is not split over devices, so that parts stay where they lie, and the first that is long enough.
+    """
+    if x.size <= PART or not isinstance(x, jax.Array):
+        return None
+    local = x.sharding.shard_shape(x.shape)
+    whole = [axis for axis, size in enumerate(x.shape) if local[axis] == size > 1]
+    enough = [axis for axis in whole if x.shape[axis] >= x.size / PART]
+    return enough[0] if enough else max(whole, key=lambda axis: x.shape[axis], default=None)
 
 
 def digests(tree: Any) -> dict[str, str]:
@@ -66,8 +107,14 @@ def digests(tree: Any) -> dict[str, str]:
     The same for every mesh, since integer addition does not care for order.
     """
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-    sums = jax.device_get(_digests(jax.tree.leaves(tree)))
-    return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in zip(paths, sums, strict=True)}
+    leaves = jax.tree.leaves(tree)
+    axes = [_part_axis(x) for x in leaves]
+    small = iter(_digests([x for x, axis in zip(leaves, axes) if axis is None]))
+    # Each is waited for: together, their temporary buffers would add up.
+    sums = [
+        next(small) if axis is None else _digest_in_parts(x, axis).block_until_ready() for x, axis in zip(leaves, axes)
+    ]
+    return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in zip(paths, jax.device_get(sums), strict=True)}
 
 
 def shapes(tree: Any) -> dict[str, str]:
@@ -88,11 +135,30 @@ def diff(want: Any, found: Any, where: str = "") -> list[str]:
     return [] if want == found else [f"{where}: expected {want}, found {found}"]
 
 
+def _frugal_handlers(most: int) -> Any:
+    # Without a limit, every compressed chunk of every array waits in memory for the disk.
+    handler = ocp.PyTreeCheckpointHandler(save_concurrent_gb=(most + 2**20) / 1e9)  # more, lest rounding make it less
+    registry = ocp.handlers.DefaultCheckpointHandlerRegistry()
+    for args in (ocp.args.PyTreeSave, ocp.args.PyTreeRestore):
+        registry.add(None, args, handler)
+    return registry
+
+
+def _save_frugally(tree: Any) -> Any:
+    # Orbax compresses a chunk (by default a whole array) at a time and keeps a file (2 GB) in memory until it is full.
+    args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=2**24), tree)
+    return ocp.args.PyTreeSave(tree, save_args=args, ocdbt_target_data_file_size=2**25)
+
+
 class Checkpoints:
     """The checkpoints of one run, in one directory, by step."""
 
-    def __init__(self, directory: Path | str, *, keep: int = 2):
-        """``keep``: how many of the newest to preserve."""
+    def __init__(self, directory: Path | str, *, keep: int = 2, frugal: int = 0):
+        """keep: how many of the newest to preserve.
+        frugal: 0, or save in the foreground with at most so many bytes on their way to the disk, so that hardly any
+            memory is needed beside the arrays; at least the largest array's.
+        """
+        self.frugal = frugal
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
         # Orbax moves what it prunes there, so that a kill never leaves half a step listed, but never empties it.
@@ -100,8 +166,13 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
-                max_to_keep=keep, todelete_subdir=TRASH, cleanup_tmp_directories=True, step_prefix=None
+                max_to_keep=keep,
+                todelete_subdir=TRASH,
+                cleanup_tmp_directories=True,
+                step_prefix=None,
+                enable_async_checkpointing=not frugal,
             ),
+            handler_registry=_frugal_handlers(frugal) if frugal else None,
         )
 
     def steps(self) -> list[int]:
@@ -126,7 +197,8 @@ class Checkpoints:
         kinds = {name: shapes(tree) for name, tree in trees.items()}
         sums = {name: digests(tree) for name, tree in trees.items()}
         meta = {**meta, "step": step, "shapes": kinds, "digests": sums}
-        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        save = _save_frugally if self.frugal else ocp.args.StandardSave
+        items = {name: save(tree) for name, tree in trees.items()}
         self._guard(self._manager.save, step, args=ocp.args.Composite(**items, meta=ocp.args.JsonSave(meta)))
 
     def wait(self) -> None:
@@ -225,6 +297,31 @@ def load_params(directory: Path | str, target: Any, name: str = "params", step: 
         return checkpoints.restore(steps[-1] if step is None else step, {name: target})[name]
     finally:
         checkpoints.close()
+
+
+def saved_array(directory: Path | str, saved: dict[str, Any], name: str, path: str) -> np.ndarray:
+    """One array of the tree ``name``, restored to the host by itself, its digest compared.
+
+    saved: what ``read_meta`` told of the checkpoint.
+    Raises CheckpointError as ``Checkpoints.restore`` does.
+    """
+    folder = Path(directory).absolute() / str(saved["step"])
+    if path not in saved["shapes"].get(name, {}):
+        raise CheckpointError(f"checkpoint {folder} has no {name}/{path}")
+    one: Any = ocp.RestoreArgs(restore_type=np.ndarray)
+    item: Any = 0
+    for key in reversed(path.split("/")):
+        one, item = {key: one}, {key: item}
+    args = ocp.args.PyTreeRestore(item, restore_args=one, partial_restore=True)
+    try:
+        (array,) = jax.tree.leaves(ocp.PyTreeCheckpointHandler().restore(folder / name, args=args))
+    except (ValueError, OSError, KeyError) as error:
+        raise CheckpointError(f"checkpoint {folder} cannot be restored here: {error}") from error
+    if digests({path: jnp.asarray(array)})[path] != saved["digests"][name][path]:
+        raise CheckpointError(
+            f"checkpoint {folder} is damaged: the bits of {name}/{path} have changed since it was saved"
+        )
+    return array
 
 
 def saved_steps(directory: Path | str) -> list[int]:

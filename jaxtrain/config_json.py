@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 import math
+import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 
@@ -58,3 +62,28 @@ def from_json(value: Any, classes: Mapping[str, type]) -> Any:
         return classes[value["@"]](**fields)
     except TypeError as error:
         raise ValueError(f"a {value['@']} saved by another version of the code: {error}") from error
+
+
+def hash_json(value: Any) -> str:
+    """sha256 of canonical JSON, 64 hex digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes whole or not at all."""
+    scratch = path.with_name(path.name + ".tmp")
+    with scratch.open("w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
+
+
+def read_json(path: Path) -> Any | None:
+    """The value, or None where there is no such file.  Raises ValueError for a damaged one."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error

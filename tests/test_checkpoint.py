@@ -115,6 +115,23 @@ def test_digests_see_every_change_and_no_sharding():
     assert digests({"x": np.zeros(4, np.float32)}) != digests({"x": -np.zeros(4, np.float32)})
 
 
+@pytest.mark.parametrize("part", [1, 7, 64, 1000])
+def test_a_digest_taken_in_parts_is_the_same(monkeypatch, part):
+    """Of every dtype, of arrays that do not divide into parts, and of arrays split over devices."""
+    rng = np.random.default_rng(0)
+    trees = {
+        "stack": rng.normal(size=(3, 16, 24)).astype(np.float32),
+        "half": rng.normal(size=(8, 50)).astype(jnp.bfloat16),
+        "flags": rng.normal(size=(8, 5)) > 0,
+        "ids": rng.integers(0, 2**32, 328, np.uint32),
+        "none": np.zeros((8, 0), np.float32),
+    }
+    whole = digests(put(trees, MeshConfig()))
+    monkeypatch.setattr(checkpoint, "PART", part)
+    for mesh in (MeshConfig(), MeshConfig(fsdp=8)):
+        assert digests(put(trees, mesh)) == whole
+
+
 def array_files(step_folder):
     """Files of array data, largest first."""
     files = [path for path in step_folder.rglob("*") if path.is_file() and "/d/" in str(path)]
