@@ -1,1 +1,1 @@
-"""Sampling text from a model with a key-value cache."""
+"""Text from a model: one engine behind ``generate``, ``chat`` and the rollouts of reinforcement learning."""

@@ -1,18 +1,30 @@
-"""From a prompt's text to a completion's text."""
+"""From prompts' texts to completions' texts."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
-import numpy as np
-
-from jaxtrain.generate.decode import Generated, make_generator
+from jaxtrain.generate.engine import Engine, sequence_keys
+from jaxtrain.generate.requests import Stats, Written
 from jaxtrain.generate.sampling import Sampling
 from jaxtrain.types import Params
+
+BAR = 24  # characters of a probability of 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Step:
+    """One sampled token and what was likely in its place: the model's probabilities at temperature 1, nothing excluded.
+
+    piece: what the id stands for, for display.  top: (piece, id, probability) of the likeliest, likeliest first.
+    """
+
+    id: int
+    piece: str
+    probability: float
+    top: tuple[tuple[str, int, float], ...]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,48 +32,16 @@ class Completion:
     """One prompt's completion.
 
     text: decoded, without the stop token.  ids: the sampled ids, the stop token included.
+    logps: of each id, under the distribution it was sampled from.
     stopped: whether it ended with a stop id rather than at ``max_new_tokens``.
+    steps: one a token, where the likeliest were asked for.
     """
 
     text: str
     ids: tuple[int, ...]
+    logps: tuple[float, ...]
     stopped: bool
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class GenerateStats:
-    """tokens: sampled in all.  seconds: wall time, compilation left out.  compile_seconds: that alone."""
-
-    tokens: int
-    seconds: float
-    compile_seconds: float
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.tokens / max(self.seconds, 1e-9)
-
-
-def left_pad(prompts: Sequence[Sequence[int]], width: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Prompts as one array.
-
-    Returns ids int32 ``[B, max(width, the longest prompt)]``, padded on the left with 0, and lengths int32
-    ``[B]``.
-    Raises ValueError for an empty prompt: there would be nothing to predict the first token from.
-    """
-    lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-    if len(prompts) == 0 or not lengths.all():
-        where = f"prompt {int(np.argmin(lengths))} has no tokens" if len(prompts) else "no prompts"
-        raise ValueError(f"{where}: give every prompt at least one token")
-    ids = np.zeros((len(prompts), max(width, int(lengths.max()))), np.int32)
-    for row, prompt in zip(ids, prompts, strict=True):
-        row[len(row) - len(prompt) :] = prompt
-    return ids, lengths
-
-
-def completion_ids(generated: Generated) -> list[list[int]]:
-    """The sampled ids of every row, the stop token included, without what follows the end."""
-    ids, lengths = np.asarray(generated.ids), np.asarray(generated.lengths)
-    return [row[:length].tolist() for row, length in zip(ids, lengths, strict=True)]
+    steps: tuple[Step, ...] = ()
 
 
 def generate_text(
@@ -74,37 +54,73 @@ def generate_text(
     max_new_tokens: int,
     seed: int = 0,
     encode: Callable[[str], Sequence[int]] | None = None,
-) -> tuple[list[Completion], GenerateStats]:
-    """Completes every prompt, in one batch.
+    top: int = 0,
+    int8: bool = False,
+    slots: int = 32,
+) -> tuple[list[Completion], Stats]:
+    """Completes every prompt; number i with the seed ``seed + i``, whatever the others are.
 
-    tokenizer: has ``encode(text) -> ids``, ``decode(ids) -> text`` and ``vocab_size``.
-    encode: how a prompt becomes ids, where that is more than the tokenizer's encoding (a chat's turns, a
-        first ``<bos>``); by default ``tokenizer.encode``.
+    tokenizer: a ``TextTokenizer``.  encode: how a prompt becomes ids, where that is more than the tokenizer's encoding
+        (a chat's turns, a first ``<bos>``); by default ``tokenizer.encode``.
+    top: how many of the likeliest tokens to report of every step.  int8, slots: as in ``Engine``.
 
     Raises ValueError for an empty prompt, for ids beyond the model's vocabulary, and for prompts that leave
     fewer than ``max_new_tokens`` of the model's positions.
     """
+    engine = Engine(model, sampling, slots=min(slots, max(len(prompts), 1)), top=top, int8=int8)
     rows = [list((encode or tokenizer.encode)(prompt)) for prompt in prompts]
-    for prompt, row in zip(prompts, rows, strict=True):
-        if row and max(row) >= model.config.vocab_size:
-            raise ValueError(
-                f"the prompt {prompt!r} has the id {max(row)}, beyond the model's vocabulary of"
-                f" {model.config.vocab_size}: tokenizer and model do not belong together"
-            )
-    ids, lengths = left_pad(rows)
-    generate = make_generator(model, sampling, max_new_tokens)
-    key = jax.random.key(seed)
-    start = time.perf_counter()
-    compiled = generate.lower(params, ids, lengths, key).compile()
-    middle = time.perf_counter()
-    generated = jax.block_until_ready(compiled(params, ids, lengths, key))
-    end = time.perf_counter()
+    for number, row in enumerate(rows):
+        engine.check(row, max_new_tokens, f"prompt {number} ({_shorten(prompts[number])!r})")
+    keys = sequence_keys([seed + number for number in range(len(rows))])
+    written = engine.generate(engine.prepare(params), rows, max_new_tokens=max_new_tokens, keys=keys)
+    return [completion(tokenizer, one) for one in written], engine.stats
 
-    completions = []
-    for row, stopped in zip(completion_ids(generated), np.asarray(generated.stopped), strict=True):
-        shown = row[:-1] if stopped else row
-        completions.append(Completion(text=tokenizer.decode(shown), ids=tuple(row), stopped=bool(stopped)))
-    stats = GenerateStats(
-        tokens=int(np.asarray(generated.lengths).sum()), seconds=end - middle, compile_seconds=middle - start
+
+def completion(tokenizer: Any, written: Written) -> Completion:
+    """What was written, as text."""
+    ids = written.ids.tolist()
+    steps = ()
+    if written.top_ids is not None:
+        fields = (written.ids, written.probs, written.top_ids, written.top_probs)
+        steps = tuple(
+            Step(
+                id=int(i),
+                piece=tokenizer.piece(int(i)),
+                probability=float(p),
+                top=tuple((tokenizer.piece(int(j)), int(j), float(q)) for j, q in zip(top, likely, strict=True)),
+            )
+            for i, p, top, likely in zip(*fields, strict=True)
+        )
+    return Completion(
+        text=tokenizer.decode(ids[:-1] if written.stopped else ids),
+        ids=tuple(ids),
+        logps=tuple(written.logps.tolist()),
+        stopped=written.stopped,
+        steps=steps,
     )
-    return completions, stats
+
+
+def draw_steps(steps: Sequence[Step]) -> str:
+    """Every step as a table: the sampled token, then the likeliest with a bar as long as they are likely."""
+    width = max((len(repr(piece)) for step in steps for piece, _, _ in step.top), default=0)
+    lines = []
+    for number, step in enumerate(steps, start=1):
+        lines.append(f"{number:4d}  {step.piece!r} {_percent(step.probability).strip()}")
+        for piece, i, probability in step.top:
+            mark = ">" if i == step.id else " "
+            lines.append(f"    {mark} {piece!r:{width}} {_percent(probability)} {_bar(probability)}".rstrip())
+    return "\n".join(lines)
+
+
+def _percent(probability: float) -> str:
+    return f"{100 * probability:6.2f}%"
+
+
+def _bar(probability: float) -> str:
+    """In eighths of a character."""
+    eighths = round(probability * BAR * 8)
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
+
+
+def _shorten(text: str) -> str:
+    return text if len(text) <= 40 else f"{text[:37]}..."

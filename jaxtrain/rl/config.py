@@ -15,6 +15,8 @@ class PPOConfig:
     iterations: of the whole run.  prompts_per_iteration: prompts, each with one sampled completion, per
         iteration.
     max_new_tokens: of a completion, the stop token included.  temperature: sampled at and trained at.
+    sampler_slots: completions sampled together, the next prompt taking the place of a finished one; 0: all of an
+        iteration's.  Fewer take less memory, and do not wait for the longest of all.
     epochs: passes over an iteration's rollouts, each in a fresh order.  minibatch_size: rollouts an update;
         the last one of an epoch is filled up with rows of weight 0.
     kl_coef: of the penalty KL(policy || reference).  kl_estimator: k1, k2 or k3.
@@ -42,6 +44,7 @@ class PPOConfig:
     max_new_tokens: int
     minibatch_size: int
     temperature: float = 1.0
+    sampler_slots: int = 0
     epochs: int = 4
     kl_coef: float = 0.05
     kl_estimator: str = "k1"
@@ -74,6 +77,7 @@ class PPOConfig:
         check_range(self, "gate_threshold", 0.0, open_low=True)
         check_range(self, "kl_coef", 0.0)
         check_range(self, "normalise_batches", 0)
+        check_range(self, "sampler_slots", 0)
         for field in ("gamma", "lam"):
             if not 0 <= getattr(self, field) <= 1:
                 raise ValueError(f"PPOConfig.{field} is {getattr(self, field)!r}; give it a number from 0 to 1")

@@ -17,21 +17,22 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from jaxtrain.generate.decode import Generated
 from jaxtrain.generate.sampling import Sampling
-from jaxtrain.generate.text import completion_ids
 from jaxtrain.rl.advantages import updated_kl_coef
 from jaxtrain.rl.config import PPOConfig
 from jaxtrain.rl.rewards import ModelReward, Reward, score_completions
 from jaxtrain.rl.rollout import (
+    Generated,
     PromptBatch,
     check_gate,
     chunks,
+    completion_ids,
     completion_tokens,
     estimate_advantages,
     fetch,
     gate_difference,
     make_sampler,
+    prompt_lists,
     sampler_logps,
     score,
     take_rows,
@@ -101,7 +102,7 @@ class PPOLoop:
         self.policy_step, self.critic_step = policy_step, critic_step
         self.seed, self.mesh = seed, mesh
         sampling = Sampling(temperature=config.temperature, stop_ids=tuple(stop_ids))
-        self.sampler = make_sampler(policy, sampling, config.max_new_tokens)
+        self.sampler = make_sampler(policy, sampling, config.max_new_tokens, slots=config.sampler_slots, mesh=mesh)
         self.rollout_key, self.normalise_key = jax.random.split(jax.random.key(seed))
         self.normalised = not any(isinstance(reward, ModelReward) for reward in self.rewards)
 
@@ -143,8 +144,7 @@ class PPOLoop:
                 f"iteration {iteration} has {len(lengths)} prompts, the shortest of {lengths.min(initial=0)}"
                 f" tokens; PPO needs {self.config.prompts_per_iteration} of at least 1 token each"
             )
-        ids, lengths = self.place((np.asarray(prompts.ids, np.int32), lengths.astype(np.int32)))
-        return prompts, self.sampler(params, ids, lengths, jax.random.fold_in(key, iteration))
+        return prompts, self.sampler(params, prompts.ids, lengths, jax.random.fold_in(key, iteration))
 
     def normalise_rewards(self) -> None:
         """Sets the reward models' shift and gain from the reference policy's samples: a pure function."""
@@ -156,8 +156,8 @@ class PPOLoop:
         prompt_ids, completions = [], []
         for number in range(self.config.normalise_batches):
             prompts, generated = self.sample(self.reference_params, number, self.normalise_key)
-            prompt_ids += prompt_lists(prompts)
-            completions += completion_ids(fetch_all(generated))
+            prompt_ids += prompt_lists(prompts.ids, prompts.lengths)
+            completions += completion_ids(generated)
         self.rewards = [
             reward.normalised(prompt_ids, completions) if isinstance(reward, ModelReward) else reward
             for reward in self.rewards
@@ -170,8 +170,7 @@ class PPOLoop:
         """
         with contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh):
             self.normalise_rewards()
-            ids, lengths = self.place((np.asarray(prompts.ids, np.int32), np.asarray(prompts.lengths, np.int32)))
-            generated = fetch_all(self.sampler(params, ids, lengths, key))
+            generated = self.sampler(params, prompts.ids, prompts.lengths, key)
             tokens = completion_tokens(prompts, generated)
             scored = partial(
                 score,
@@ -199,7 +198,6 @@ class PPOLoop:
         """A rollout of NumPy arrays, complete with advantages, and its metrics."""
         config = self.config
         prompts, generated = self.sample(policy, iteration, self.rollout_key)
-        generated = fetch_all(generated)
         tokens = completion_tokens(prompts, generated)
         scored = partial(
             score, tokens=tokens, temperature=config.temperature, rows=config.minibatch_size, place=self.place
@@ -247,7 +245,7 @@ class PPOLoop:
         return rollout, metrics
 
     def score_texts(self, prompts: PromptBatch, generated: Generated) -> tuple[np.ndarray, np.ndarray, Metrics]:
-        prompt_ids, ids = prompt_lists(prompts), completion_ids(generated)
+        prompt_ids, ids = prompt_lists(prompts.ids, prompts.lengths), completion_ids(generated)
         columns = prompts.rows or [{}] * len(ids)
         rows = [
             {**column, "prompt_ids": prompt, "stopped": bool(stopped)}
@@ -292,13 +290,3 @@ class PPOLoop:
 
 # The rollout's KL has the objective's name: it is a mean over completions, the policy's one over tokens.
 POLICY_NAMES = {"objective/kl": "policy/kl_avg"}
-
-
-def prompt_lists(prompts: PromptBatch) -> list[list[int]]:
-    """The prompts' ids without their padding."""
-    ids, lengths = np.asarray(prompts.ids), np.asarray(prompts.lengths)
-    return [row[len(row) - length :].tolist() for row, length in zip(ids, lengths, strict=True)]
-
-
-def fetch_all(generated: Generated) -> Generated:
-    return jax.tree.map(fetch, generated)

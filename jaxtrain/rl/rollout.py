@@ -15,13 +15,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
-from jaxtrain.generate.decode import Generated, make_generator
+from jaxtrain.generate.engine import Engine, split_keys
 from jaxtrain.generate.sampling import Sampling
 from jaxtrain.objectives.common import kl_estimate, token_logps, weighted_total
 from jaxtrain.rl.advantages import end_scores, gae, token_rewards, whiten
 from jaxtrain.rl.config import PPOConfig
-from jaxtrain.types import Array, Params, Rollout, Tokens
+from jaxtrain.types import Array, Params, Rollout, Tokens, record
 
 Place = Callable[[Any], Any]  # puts a pytree of NumPy arrays on the devices
 
@@ -39,6 +40,33 @@ class PromptBatch:
     rows: Sequence[Mapping[str, Any]] | None = None
 
 
+@record
+class Generated:
+    """Sampled completions, as NumPy arrays.
+
+    ids: int32 ``[B, N]``; 0 after the end.
+    logps: float32 ``[B, N]``, of each id under the distribution it was sampled from; 0 after the end.
+    lengths: int32 ``[B]``, the number of sampled tokens, the stop token included.
+    stopped: bool ``[B]``, whether the last of them is a stop token; the others were cut off at N.
+    """
+
+    ids: Array
+    logps: Array
+    lengths: Array
+    stopped: Array
+
+
+def completion_ids(generated: Generated) -> list[list[int]]:
+    """The sampled ids of every row, the stop token included, without what follows the end."""
+    return [row[:length].tolist() for row, length in zip(generated.ids, generated.lengths, strict=True)]
+
+
+def prompt_lists(ids: Array, lengths: Array) -> list[list[int]]:
+    """Rows padded on the left, without their padding."""
+    ids, lengths = np.asarray(ids), np.asarray(lengths)
+    return [row[len(row) - length :].tolist() for row, length in zip(ids, lengths, strict=True)]
+
+
 def fetch(array: Array) -> np.ndarray:
     """A global array's values on every host."""
     if isinstance(array, jax.Array) and not array.is_fully_addressable:
@@ -48,28 +76,56 @@ def fetch(array: Array) -> np.ndarray:
     return np.asarray(array)
 
 
-def make_sampler(model: Any, sampling: Sampling, max_new_tokens: int) -> Callable[..., Generated]:
-    """``make_generator`` for samples to train on: refuses, with ValueError, what the trainer could not score.
+def make_sampler(
+    model: Any, sampling: Sampling, max_new_tokens: int, *, slots: int = 0, mesh: Mesh | None = None
+) -> Callable[[Params, Array, Array, Array], Generated]:
+    """Builds ``sampler(params, prompt_ids, prompt_lengths, key) -> Generated`` for samples to train on.
 
-    The trainer's log-probabilities are those of the whole softmax at the sampling temperature; ids that top-k
-    or top-p exclude would have probability 0 in the one and not in the other, and greedy decoding has no
-    distribution.
+    prompt_ids: int32 ``[B, P]``, padded on the left; row b's prompt is its last ``prompt_lengths[b]`` ids.
+    key: row b samples with ``fold_in(key, b)``, so that its completion depends on that, its prompt and the parameters.
+    slots: rows sampled together, the next prompt taking the place of a finished one; 0: all.
+
+    Nothing computed with older parameters is kept.  Refuses, with ValueError, what the trainer could not score: its
+    log-probabilities are those of the whole softmax at the sampling temperature; ids that a filter excludes or a
+    penalty moves would have another probability in the one than in the other, and greedy decoding has no distribution.
     """
     if sampling.temperature == 0:
         raise ValueError("cannot train on greedy samples (temperature 0): set a temperature above 0")
-    if sampling.filters:
+    if not sampling.plain:
         raise ValueError(
-            f"cannot train on samples of top_k={sampling.top_k}, top_p={sampling.top_p}: the update's"
-            " probability ratios would be taken against another distribution than the one sampled from. Use"
-            " top_k=0 and top_p=1"
+            f"cannot train on samples of top_k={sampling.top_k}, top_p={sampling.top_p}, min_p={sampling.min_p},"
+            f" repetition_penalty={sampling.repetition_penalty}: the update's probability ratios would be taken against"
+            " another distribution than the one sampled from. Use top_k=0, top_p=1, min_p=0 and repetition_penalty=1"
         )
-    return make_generator(model, sampling, max_new_tokens)
+    engines: dict[int, Engine] = {}
+
+    def sampler(params: Params, prompt_ids: Array, prompt_lengths: Array, key: Array) -> Generated:
+        rows = prompt_lists(prompt_ids, prompt_lengths)
+        together = min(slots or len(rows), len(rows))
+        if together not in engines:
+            engines[together] = Engine(model, sampling, slots=together, mesh=mesh)
+        engine = engines[together]
+        written = engine.generate(
+            engine.prepare(params), rows, max_new_tokens=max_new_tokens, keys=split_keys(key, len(rows))
+        )
+        ids = np.zeros((len(rows), max_new_tokens), np.int32)
+        logps = np.zeros(ids.shape, np.float32)
+        for row, one in enumerate(written):
+            ids[row, : len(one.ids)], logps[row, : len(one.ids)] = one.ids, one.logps
+        return Generated(
+            ids=ids,
+            logps=logps,
+            lengths=np.array([len(one.ids) for one in written], np.int32),
+            stopped=np.array([one.stopped for one in written]),
+        )
+
+    return sampler
 
 
 def completion_tokens(prompts: PromptBatch, generated: Generated) -> Tokens:
     """Prompts and completions as rows of NumPy arrays ``[B, P + N]``; weights are 1 on the sampled tokens."""
     prompt_ids, prompt_lengths = np.asarray(prompts.ids), np.asarray(prompts.lengths)
-    ids, lengths = fetch(generated.ids), fetch(generated.lengths)
+    ids, lengths = generated.ids, generated.lengths
     width, total = prompt_ids.shape[1], prompt_ids.shape[1] + ids.shape[1]
     slots = np.arange(total, dtype=np.int32)
     starts, ends = width - prompt_lengths[:, None], width + lengths[:, None]
@@ -134,7 +190,7 @@ def take_rows(batch: Rollout | Tokens, chosen: np.ndarray, size: int) -> Any:
 
 def sampler_logps(generated: Generated, tokens: Tokens) -> np.ndarray:
     """The sampler's log-probabilities in the rows' places, float32 ``[B, T]``."""
-    logps = fetch(generated.logps)
+    logps = generated.logps
     before = tokens.ids.shape[1] - logps.shape[1] - 1
     return np.pad(logps, ((0, 0), (before, 1))) * tokens.weights
 

@@ -25,6 +25,7 @@ def config(**settings):
         ({"critic": "none"}, "critic"),
         ({"gamma": 1.5}, "gamma"),
         ({"epochs": 0}, "epochs"),
+        ({"sampler_slots": -1}, "sampler_slots"),
         ({"gate_threshold": 0.0}, "gate_threshold"),
         ({"target_kl_stop": -1.0}, "target_kl_stop"),
     ],

@@ -4,10 +4,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxtrain.generate.decode import Generated
 from jaxtrain.generate.sampling import Sampling
 from jaxtrain.models import DecoderConfig, build_model
 from jaxtrain.rl.rollout import (
+    Generated,
     PromptBatch,
     check_gate,
     completion_tokens,
@@ -73,7 +73,7 @@ def sampled(model, temperature):
     prompts = PromptBatch(ids=np.repeat(PROMPTS.ids, 3, axis=0), lengths=np.repeat(PROMPTS.lengths, 3))
     params = model.init(jax.random.key(0))
     sampler = make_sampler(model, Sampling(temperature=temperature, stop_ids=(2,)), 6)
-    generated = jax.tree.map(np.asarray, sampler(params, prompts.ids, prompts.lengths, jax.random.key(1)))
+    generated = sampler(params, prompts.ids, prompts.lengths, jax.random.key(1))
     return params, completion_tokens(prompts, generated), generated
 
 
@@ -90,6 +90,18 @@ def test_the_trainer_scores_as_the_sampler_does_only_at_its_temperature(model):
     mean, maximum = gate_difference(ours, wrong, tokens.weights)
     with pytest.raises(ValueError, match=rf"{mean:.3g} nats.*{maximum:.3g}.*gate_threshold=0.001.*temperature"):
         check_gate(mean, maximum, 1e-3)
+
+
+def test_fewer_slots_sample_the_same(model):
+    params, _, together = sampled(model, 1.0)
+    sampler = make_sampler(model, Sampling(stop_ids=(2,)), 6, slots=2)
+    ids, lengths = np.repeat(PROMPTS.ids, 3, axis=0), np.repeat(PROMPTS.lengths, 3)
+    few = sampler(params, ids, lengths, jax.random.key(1))
+    np.testing.assert_array_equal(few.ids, together.ids)
+    np.testing.assert_array_equal(few.lengths, together.lengths)
+    np.testing.assert_array_equal(few.stopped, together.stopped)
+    np.testing.assert_allclose(few.logps, together.logps, atol=1e-5)
+    assert len(np.unique(few.ids[:3], axis=0)) > 1, "equal prompts are sampled apart"
 
 
 def test_scores_do_not_depend_on_the_chunks(model):
@@ -110,7 +122,13 @@ def test_the_gate_looks_at_sampled_tokens_only_and_refuses_nan():
 
 @pytest.mark.parametrize(
     ("settings", "named"),
-    [({"top_k": 50}, "top_k=50"), ({"top_p": 0.9}, "top_p=0.9"), ({"temperature": 0.0}, "temperature 0")],
+    [
+        ({"top_k": 50}, "top_k=50"),
+        ({"top_p": 0.9}, "top_p=0.9"),
+        ({"min_p": 0.1}, "min_p=0.1"),
+        ({"repetition_penalty": 1.1}, "repetition_penalty=1.1"),
+        ({"temperature": 0.0}, "temperature 0"),
+    ],
 )
 def test_samples_the_trainer_cannot_score_are_refused(model, settings, named):
     with pytest.raises(ValueError, match=f"cannot train.*{named}"):
