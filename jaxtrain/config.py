@@ -6,12 +6,13 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.config_model import SavedModel, resolve
 from jaxtrain.data.datasets import InstructionDataset, PairDataset, PromptDataset, TextDataset
 from jaxtrain.data.sources import JsonLines, JsonLinesText, TextFiles
 from jaxtrain.data.stdlib import StdlibInstructions, StdlibPairs, StdlibPrompts, StdlibText
 from jaxtrain.data.tokenizer import SavedTokenizer, SentencePieceBPE
 from jaxtrain.evaluate.heldout import BitsPerByte, HeldOut, Measure
-from jaxtrain.models import DecoderConfig, Rope
+from jaxtrain.models import FAMILIES, DecoderConfig, Rope
 from jaxtrain.objectives import DPO, LM, OBJECTIVES, SFT, PPOCritic, PPOPolicy, PPOShared, RewardModel
 from jaxtrain.optim import OPTIMIZERS, SCHEDULES
 from jaxtrain.optim.optimizers import Optimizer
@@ -62,6 +63,7 @@ def _check_length(name: str, model: DecoderConfig, length: int) -> None:
 class Stage:
     """Model + data + objective + optimizer + mesh: one run of the train step.
 
+    model: sizes and choices, or a SavedModel, which is replaced by what it stands for.
     name: of its folder and of its rows in the tables.
     steps: updates.  batch_size: rows an update, over all devices.  accumulate: microbatches they are split into.
     clip_norm: of the gradient, globally; None does not clip.
@@ -74,7 +76,7 @@ class Stage:
     """
 
     name: str
-    model: DecoderConfig
+    model: DecoderConfig | SavedModel
     data: Any
     objective: Objective
     optimizer: Optimizer
@@ -92,6 +94,7 @@ class Stage:
     evaluation: tuple[Any, ...] = ()
 
     def __post_init__(self):
+        object.__setattr__(self, "model", resolve(self.model))
         _check_name(self.name)
         _at_least(self, 0, "steps", "checkpoint_every", "evaluate_every")
         _at_least(self, 1, "batch_size", "accumulate", "keep", "max_skipped")
@@ -139,13 +142,13 @@ class PPOStage:
     """
 
     name: str
-    model: DecoderConfig
+    model: DecoderConfig | SavedModel
     data: PromptDataset
     ppo: PPOConfig
     objective: PPOPolicy | PPOShared
     optimizer: Optimizer
     init: str
-    critic: DecoderConfig | None = None
+    critic: DecoderConfig | SavedModel | None = None
     critic_objective: PPOCritic | None = None
     critic_optimizer: Optimizer | None = None
     critic_init: str | None = None
@@ -161,6 +164,8 @@ class PPOStage:
     evaluation_prompts: int = 128
 
     def __post_init__(self):
+        for name in ("model", "critic"):
+            object.__setattr__(self, name, resolve(getattr(self, name)))
         _check_name(self.name)
         _at_least(self, 0, "checkpoint_every", "evaluation_prompts")
         _at_least(self, 1, "accumulate", "keep", "max_skipped")
@@ -233,10 +238,11 @@ class Recipe:
                 raise ValueError(f"two stages are called {stage.name!r}; give every stage a name of its own")
             models = {"model": stage.model, "critic": getattr(stage, "critic", None)}
             for what, model in models.items():
-                if model is not None and model.vocab_size != self.tokenizer.vocab_size:
+                # More rows than ids are fine: released models pad their vocabulary to a round number.
+                if model is not None and model.vocab_size < self.tokenizer.vocab_size:
                     raise ValueError(
-                        f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} differs from the tokenizer's "
-                        f"{self.tokenizer.vocab_size}: there would be ids that the one has and the other has not"
+                        f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} is smaller than the "
+                        f"tokenizer's {self.tokenizer.vocab_size}: it would have no row for some ids"
                     )
             for name in stage.parents():
                 if name in earlier or Path(name).is_dir():
@@ -253,7 +259,8 @@ class Recipe:
 # Everything a gin file may name.
 CONFIGURABLES: tuple[type, ...] = (
     *(Recipe, Stage, PPOStage, Samples, WeightedReward),
-    *(DecoderConfig, Rope, MeshConfig),
+    *FAMILIES,
+    *(SavedModel, Rope, MeshConfig),
     *(objective for objective, _ in OBJECTIVES.values()),
     PPOConfig,
     *OPTIMIZERS.values(),

@@ -108,27 +108,55 @@ def _parser() -> argparse.ArgumentParser:
     _add_gin(run)
     _add_out(run)
 
-    generate = command("generate", "complete a prompt with a trained model")
+    generate = command("generate", "complete prompts with a model")
     add = generate.add_argument
-    add("--checkpoint", type=Path, required=True, metavar="DIR", help="folder of a trained stage, RUN/stages/NAME")
-    add("--prompt", required=True, metavar="TEXT", help="what to complete")
-    add("--max_new_tokens", type=_POSITIVE, default=64, metavar="N", help="most to generate (default: 64)")
+    _add_writing(generate, max_new_tokens=64)
+    add("--prompt", action="append", default=[], metavar="TEXT", help="what to complete; repeat for more")
+    add("--prompt_file", type=Path, metavar="FILE", help='more of them: one a line, or in a .jsonl {"prompt": TEXT}')
+    add("--out", type=Path, metavar="FILE.jsonl", help="write completions there, as --json prints them")
+    add("--json", action="store_true", help="print one JSON object a completion")
     add(
-        "--temperature",
-        type=_TEMPERATURE,
-        default=1.0,
-        metavar="T",
-        help="0: the likeliest token (default: 1)",
+        "--show_probs",
+        type=_COUNT,
+        default=0,
+        metavar="N",
+        help="show the N likeliest tokens of every step, with the model's probabilities before any sampling rule",
     )
-    add("--top_k", type=_COUNT, default=0, metavar="K", help="sample from the K likeliest (default: 0, all)")
-    add(
-        "--top_p",
-        type=_SHARE,
-        default=1.0,
-        metavar="P",
-        help="sample from the likeliest of mass P (default: 1)",
+    add("--slots", type=_POSITIVE, default=32, metavar="N", help="most prompts to complete at once (default: 32)")
+    ways = generate.add_mutually_exclusive_group()
+    ways.add_argument(
+        "--chat",
+        dest="format",
+        action="store_const",
+        const="chat",
+        help="the prompt is a user's turn (default: as taught)",
     )
-    add("--seed", type=_COUNT, default=0, help="seed of the sampling (default: 0)")
+    ways.add_argument("--raw", dest="format", action="store_const", const="raw", help="continue the prompt's text")
+
+    chat = command("chat", "talk with a model; /reset begins anew, /quit or the end of input ends")
+    _add_writing(chat, max_new_tokens=512)
+    chat.add_argument("--system", metavar="TEXT", help="what the model is told before the conversation")
+
+    bring = command("import", "make a checkpoint of a Hugging Face folder, a GGUF file or another stage")
+    bring.set_defaults(command="import_")  # a reserved word names no function
+    bring.add_argument("source", type=Path, metavar="SRC", help="Hugging Face folder, .gguf file, or RUN/stages/NAME")
+    _add_out(bring)
+    _add_dtype(bring)
+    bring.add_argument(
+        "--mesh", metavar="AXIS=N,...", default="", help="read onto a mesh of devices (fsdp=8); default: one device"
+    )
+    bring.add_argument(
+        "--max_positions", type=_POSITIVE, metavar="N", help="longest text, in place of the source's (smaller caches)"
+    )
+    bring.add_argument("--force", action="store_true", help="replace an earlier import of the same source")
+
+    export = command("export", "write a checkpoint as a Hugging Face folder")
+    export.add_argument("folder", type=Path, metavar="DIR", help="what jaxtrain import wrote, or RUN/stages/NAME")
+    _add_out(export)
+    _add_dtype(export)
+    export.add_argument(
+        "--shard_gb", type=_SIZE, default=5.0, metavar="GB", help="largest safetensors file, in 1e9 bytes (default: 5)"
+    )
     return parser
 
 
@@ -142,6 +170,48 @@ def _add_out(parser: argparse.ArgumentParser, default: Path | None = None) -> No
         metavar="DIR",
         help=f"folder of the run{shown}",
     )
+
+
+def _add_writing(parser: argparse.ArgumentParser, max_new_tokens: int) -> None:
+    """What ``generate`` and ``chat`` share: the model, and how it is sampled."""
+    add = parser.add_argument
+    add(
+        "--checkpoint",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="a trained stage (RUN/stages/NAME), what import wrote, a Hugging Face folder or a .gguf file",
+    )
+    add(
+        "--max_new_tokens",
+        type=_POSITIVE,
+        default=max_new_tokens,
+        metavar="N",
+        help=f"most to write (default: {max_new_tokens})",
+    )
+    add("--temperature", type=_TEMPERATURE, default=1.0, metavar="T", help="0: the likeliest token (default: 1)")
+    add("--top_k", type=_COUNT, default=0, metavar="K", help="sample from the K likeliest (default: 0, all)")
+    add("--top_p", type=_SHARE, default=1.0, metavar="P", help="sample from the likeliest of mass P (default: 1)")
+    add(
+        "--min_p",
+        type=_FRACTION,
+        default=0.0,
+        metavar="P",
+        help="sample from those at least P times as likely as the likeliest (default: 0)",
+    )
+    add(
+        "--repetition_penalty",
+        type=_SIZE,
+        default=1.0,
+        metavar="R",
+        help="makes ids less likely that stand in the text so far (default: 1, no change)",
+    )
+    add("--seed", type=_COUNT, default=0, help="of the first prompt or turn; the next has one more (default: 0)")
+    add("--int8", action="store_true", help="hold matrices in 8 bits: a quarter of the memory, less exact")
+
+
+def _add_dtype(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="of the weights; default: as stored")
 
 
 def _add_gin(parser: argparse.ArgumentParser) -> None:
@@ -172,6 +242,8 @@ def _number(kind: type, described: str, accepts: Callable[[float], bool]) -> Cal
 _COUNT = _number(int, "a whole number of at least 0", lambda value: value >= 0)
 _POSITIVE = _number(int, "a whole number of at least 1", lambda value: value >= 1)
 _TEMPERATURE = _number(float, "a number of at least 0", lambda value: 0 <= value < float("inf"))
+_SIZE = _number(float, "a number above 0", lambda value: 0 < value < float("inf"))
+_FRACTION = _number(float, "a number from 0 to 1", lambda value: 0 <= value <= 1)
 _SHARE = _number(float, "a number above 0 and at most 1", lambda value: 0 < value <= 1)
 
 

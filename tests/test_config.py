@@ -125,7 +125,7 @@ def test_recipes_that_contradict_themselves(tmp_path):
         ((), {}, "Recipe.stages is empty"),
         ((MODEL,), {}, "Recipe.stages holds a DecoderConfig; only Stage and PPOStage are stages"),
         ((stage(), stage()), {}, "two stages are called 'lm'"),
-        ((stage(),), {"vocab_size": 301}, "the model's vocab_size=300 differs from the tokenizer's 301"),
+        ((stage(),), {"vocab_size": 301}, "the model's vocab_size=300 is smaller than the tokenizer's 301"),
         (
             (stage(), ppo_stage(critic=dataclasses.replace(CRITIC, vocab_size=290))),
             {},

@@ -25,15 +25,20 @@ ALLOWED = {
     "config_types": set(),
     "config_build": {"config_types"},
     "config_text": {"config_json"},
+    "config_model": BASE | {"sharding", "models", "checkpoint"},
     "optim": BASE,
     "data": BASE,
     "checkpoint": BASE | {"sharding"},
     "evaluate": BASE | {"sharding", "models", "objectives", "data"},
     "report": set(),
+    "interop": BASE | {"sharding", "models", "data", "checkpoint", "config_model"},
     **{part: BASE | set(CHAIN[:i]) for i, part in enumerate(CHAIN)},
 }
 for _part in CHAIN[CHAIN.index("train") :]:
     ALLOWED[_part] = ALLOWED[_part] | BESIDE_TRAIN
+for _part in CHAIN[CHAIN.index("config") :]:
+    ALLOWED[_part] = ALLOWED[_part] | {"config_model"}
+ALLOWED["commands"] = ALLOWED["commands"] | {"interop"}
 ALLOWED["gin_edge"] = {"config_build", "config_text"}
 ALLOWED["main"] = {"commands"}
 

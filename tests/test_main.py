@@ -66,12 +66,21 @@ def test_commands_get_their_arguments_and_give_the_exit_code(commands):
     assert parsed(commands, "run", "r.gin", "--out", "d") == {"recipe": "r.gin", "gin": [], "out": Path("d")}
     assert parsed(commands, "generate", "--checkpoint", "c", "--prompt", "p") == {
         "checkpoint": Path("c"),
-        "prompt": "p",
+        "prompt": ["p"],
+        "prompt_file": None,
         "max_new_tokens": 64,
         "temperature": 1.0,
         "top_k": 0,
         "top_p": 1.0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
         "seed": 0,
+        "int8": False,
+        "out": None,
+        "json": False,
+        "show_probs": 0,
+        "slots": 32,
+        "format": None,
     }
     assert [command_line.main(argv) for argv in (["quickstart"], ["run", "r", "--out", "d"])] == [0, 2]
     # one call's bindings must not stay in the parser's default for the next

@@ -14,11 +14,16 @@ import sys
 import types
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
 from jaxtrain import main as command_line
 from jaxtrain.data.stdlib import StdlibInstructions, StdlibPairs, StdlibText
+from jaxtrain.data.tokenizer import SentencePieceBPE
+from jaxtrain.interop.exporting import export_params
+from jaxtrain.interop.importing import load_pretrained
+from jaxtrain.models import LlamaConfig, build_model
 from jaxtrain.types import Outputs, Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,7 +61,11 @@ def test_every_command_is_run_by_ci_or_below():
         "jaxtrain train",
         "jaxtrain run",
         "jaxtrain generate",
+        "jaxtrain import",
+        "jaxtrain chat",
+        "jaxtrain export",
         "python launch/local.py",
+        "pytest -q",
     }
 
 
@@ -83,10 +92,55 @@ def own_data(tmp_path, monkeypatch):
     return tmp_path
 
 
+RELEASED = README.split("## Start from released weights")[1].split("\n## ")[0]
+WEIGHTS = [line for block in blocks("bash", RELEASED) for line in block.splitlines() if line.startswith("jaxtrain")]
+
+
+@pytest.fixture
+def downloaded(own_data):
+    """``downloads/model``: a tiny Llama with a tokenizer and a chat template, as from Hugging Face."""
+    tokenizer = SentencePieceBPE(vocab_size=400, sources=(StdlibText(domain="prose"),), max_bytes=100_000)
+    trained = tokenizer.train(own_data / "tokenizer")
+    config = LlamaConfig(
+        vocab_size=416, num_layers=2, d_model=32, num_heads=4, num_kv_heads=2, d_ff=48, max_positions=512
+    )
+    model = build_model(config)
+    export_params(model, model.init(jax.random.key(0)), own_data / "downloads/model", tokenizer=trained)
+    return own_data
+
+
+@pytest.mark.slow
+def test_the_commands_from_released_weights(downloaded, monkeypatch):
+    """Import, chat, SFT on own data, export; and what was exported comes in again."""
+    monkeypatch.setattr("sys.stdin", io.StringIO("What is a list?\nAnd a dict?\n"))
+    shown = {}
+    for line in WEIGHTS:
+        argv = shlex.split(line)[1:]
+        small = ["Stage.steps=2", "Stage.batch_size=8", "InstructionDataset.seq_len=128"]
+        argv += [part for binding in small for part in ("--gin", binding)] if argv[0] == "run" else []
+        argv += ["--max_new_tokens", "5"] if argv[0] == "chat" else []
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            assert command_line.main(argv) == 0, line
+        shown[argv[0]] = printed.getvalue()
+    assert list(shown) == ["import", "chat", "run", "export", "generate"]
+    assert "held-out completion loss" in shown["run"]
+    result = json.loads(Path("runs/tuned/stages/sft/result.json").read_text())
+    assert result["chat"] and result["steps"] == 2 and len(result["parents"]) == 1
+    assert "%" in shown["generate"], shown["generate"]
+
+    tuned, tokenizer = load_pretrained("runs/tuned/stages/sft")[1:]
+    again, found = load_pretrained("exported")[1:]
+    assert jax.tree.all(jax.tree.map(lambda a, b: bool((a == b).all()), tuned, again))
+    text = "def f(x):\n\treturn x  # \u4f60\u597d"
+    assert found.encode(text) == tokenizer.encode(text)
+
+
 @pytest.mark.slow
 def test_the_commands_on_own_text(own_data):
     shown = {}
     for line in COMMANDS:
+        if line in WEIGHTS or line.startswith("pytest"):
+            continue
         argv = shlex.split(line)
         if argv[0] == "python":
             # After the same run in this process nothing is left to train: it is found to be the same run.

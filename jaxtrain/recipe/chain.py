@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,14 +12,14 @@ import numpy as np
 
 from jaxtrain.checkpoint import read_meta
 from jaxtrain.config import PPOStage, Recipe, Samples
-from jaxtrain.config_json import to_json
+from jaxtrain.config_json import hash_json, read_json, to_json, write_json
 from jaxtrain.data.datasets import TextDataset
 from jaxtrain.models import build_model
 from jaxtrain.recipe.ppo import PPOJob
 from jaxtrain.recipe.runtime import Runtime
 from jaxtrain.recipe.samples import take_samples
 from jaxtrain.recipe.supervised import SupervisedJob
-from jaxtrain.recipe.workspace import claim_folder, hash_json, locked, read_json, stage_folder, write_json
+from jaxtrain.recipe.workspace import claim_folder, locked, stage_folder
 from jaxtrain.report import write_report
 from jaxtrain.sharding import batch_sharding, make_mesh, ways
 from jaxtrain.train.metrics import read_rows
@@ -100,7 +99,7 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
 
     claim_folder(job.folder, key)
     write_json(job.folder / "inputs.json", {"hash": key, **inputs})
-    shutil.copytree(runtime.out / "tokenizer", job.folder / "tokenizer", dirs_exist_ok=True)
+    runtime.tokenizer.save(job.folder / "tokenizer")
     ancestry: dict[str, dict[str, str]] = {}
     for parent in job.parents():
         ancestry |= {record["hash"]: record for record in parent.ancestry}
@@ -159,10 +158,11 @@ def _untrained_samples(runtime: Runtime) -> None:
     if (read_json(path) or {}).get("hash") == key:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    model = build_model(stage.model)
-    wanted = samples if stage.init is None and "lm" in stage.model.heads else Samples()
-    params = init_params(model, make_mesh(stage.mesh), runtime.recipe.seed)
-    taken = take_samples("untrained", model, params, runtime.tokenizer, wanted, chat=False)
+    taken: dict[str, Any] = {"stage": "untrained", "samples": [], "next_tokens": []}
+    if stage.init is None and "lm" in stage.model.heads:
+        model = build_model(stage.model)
+        params = init_params(model, make_mesh(stage.mesh), runtime.recipe.seed)
+        taken = take_samples("untrained", model, params, runtime.tokenizer, samples, chat=False)
     write_json(path, {**taken, "hash": key})
 
 

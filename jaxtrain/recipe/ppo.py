@@ -74,6 +74,7 @@ class PPOJob:
             accumulate=self.stage.accumulate,
             clip_norm=self.stage.clip_norm,
             learning_rate=lambda done: optimizer.learning_rate(done, updates),
+            balance=model.balance,
             mesh=self.mesh,
             shardings=jax.tree.map(lambda x: x.sharding, target),
         )
@@ -115,7 +116,7 @@ class PPOJob:
             reference_params=self.first_params(),
             prompts=lambda iteration: self._prompts(self.loader.batch(iteration), self.data.train),
             decode=tokenizer.decode,
-            stop_ids=(tokenizer.end_id, tokenizer.eos_id),
+            stop_ids=tokenizer.stop_ids,
             rewards=rewards,
             weights=weights,
             policy_step=self.policy.step,

@@ -12,19 +12,20 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from jaxtrain.checkpoint import load_params, read_meta
-from jaxtrain.config import DecoderConfig, Recipe, Rope
-from jaxtrain.config_json import from_json, to_json
+from jaxtrain.checkpoint import load_params
+from jaxtrain.config import Recipe
+from jaxtrain.config_json import hash_json, read_json, to_json, write_json
+from jaxtrain.config_model import read_model_config
 from jaxtrain.data.datasets import Prepared
-from jaxtrain.data.tokenizer import SavedTokenizer, SentencePieceBPE, Tokenizer
-from jaxtrain.models import Model, build_model
-from jaxtrain.recipe.workspace import code_version, hash_json, read_json, stage_folder, write_json
+from jaxtrain.data.tokenizer import SavedTokenizer, SentencePieceBPE, load_tokenizer
+from jaxtrain.data.tokenizer_base import TextTokenizer
+from jaxtrain.models import DecoderConfig, Model, build_model
+from jaxtrain.recipe.workspace import code_version, stage_folder
 from jaxtrain.train.state import abstract_params, init_params
 from jaxtrain.types import Params, path_name
 
-MODEL_CONFIGS = {"DecoderConfig": DecoderConfig, "Rope": Rope}
 # What a stage may have that the checkpoint it starts from lacks.
-HEADS = ("lm_head", "reward_head", "value_head")
+HEADS = ("lm_head", "reward_head", "value_head", "mtp/")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,10 +52,10 @@ class Runtime:
     def code_version(self) -> str:
         return code_version()
 
-    def _tokenizer(self, config: SentencePieceBPE | SavedTokenizer) -> Tokenizer:
+    def _tokenizer(self, config: SentencePieceBPE | SavedTokenizer) -> TextTokenizer:
         folder = self.out / "tokenizer"
         if isinstance(config, SavedTokenizer):
-            tokenizer = Tokenizer.load(config.directory)
+            tokenizer = config.load()
             tokenizer.save(folder)
             write_json(self.out / "tokenizer.json", {"hash": tokenizer.digest})
             return tokenizer
@@ -65,7 +66,7 @@ class Runtime:
         key = hash_json({"config": to_json(config), "texts": texts.hexdigest()})
         if read_json(self.out / "tokenizer.json") == {"hash": key}:
             self.say("tokenizer: unchanged")
-            return Tokenizer.load(folder)
+            return load_tokenizer(folder)
         tokenizer = config.train(folder)
         write_json(self.out / "tokenizer.json", {"hash": key})
         self.say(f"tokenizer: trained, {tokenizer.vocab_size} ids")
@@ -94,7 +95,7 @@ class Runtime:
             raise ValueError(f"{folder} holds no finished stage (there is no result.json)")
         return Parent(
             folder=folder,
-            config=from_json(read_meta(folder / "checkpoints")["model"], MODEL_CONFIGS),
+            config=read_model_config(folder),
             checkpoint=result["checkpoint"],
             ancestry=(
                 *result["parents"],

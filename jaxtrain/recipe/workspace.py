@@ -5,21 +5,16 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jaxtrain
+from jaxtrain.config_json import read_json
 
-# Changing these changes no number of a finished stage, so they are no part of the code version.
-PRESENTATION = ("report", "main.py", "commands.py", "gin_edge.py", "config_text.py", "config_build.py")
-
-
-def hash_json(value: Any) -> str:
-    """sha256 of canonical JSON, 64 hex digits."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+# Changing these changes no number of a finished stage, so they are no part of the code version.  (What was imported is
+# known by its digests.)
+PRESENTATION = ("report", "interop", "main.py", "commands.py", "gin_edge.py", "config_text.py", "config_build.py")
 
 
 def code_version() -> str:
@@ -31,26 +26,6 @@ def code_version() -> str:
         if name.parts[0] not in PRESENTATION:
             digest.update(f"{name.as_posix()}\0".encode() + path.read_bytes())
     return digest.hexdigest()
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Writes whole or not at all."""
-    scratch = path.with_name(path.name + ".tmp")
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
-
-
-def read_json(path: Path) -> Any | None:
-    """The value, or None where there is no such file.  Raises ValueError for a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is damaged ({error}); delete it and run again") from error
 
 
 @contextlib.contextmanager

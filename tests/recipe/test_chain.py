@@ -8,8 +8,9 @@ import shutil
 import pytest
 
 from jaxtrain.checkpoint import read_meta
+from jaxtrain.config_json import read_json, write_json
 from jaxtrain.recipe.chain import shortfalls
-from jaxtrain.recipe.workspace import claim_folder, locked, read_json, write_json
+from jaxtrain.recipe.workspace import claim_folder, locked
 
 STAGES = ("lm", "sft", "reward", "dpo", "ppo")
 
@@ -126,7 +127,7 @@ def test_generate_continues_a_finished_stage(chain, jaxtrain):
     assert sampled[0] == sampled[1] != sampled[2]
     for folder, message in [
         (chain.stage("reward"), "heads ('reward',): it cannot write"),
-        (chain.out, "is no stage's folder: it has no checkpoints (want RUN/stages/NAME)"),
+        (chain.out, "is a whole run: name one of its stages"),
     ]:
         failed = jaxtrain("generate", "--checkpoint", folder, "--prompt", "x")
         assert failed.code == 2 and message in failed.err and str(folder) in failed.err
