@@ -9,5 +9,13 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # tests read XLA's warnings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
+import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_programs():
+    """Every compiled program holds a few memory maps, and Linux gives a process 65,530: XLA aborts without them."""
+    yield
+    jax.clear_caches()
