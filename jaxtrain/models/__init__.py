@@ -6,7 +6,8 @@ from typing import Any
 from jaxtrain.models.bart import BartConfig
 from jaxtrain.models.bert import BertConfig
 from jaxtrain.models.cache import Cache, init_cache
-from jaxtrain.models.decoder import DecoderConfig, build_decoder
+from jaxtrain.models.decoder import build_decoder
+from jaxtrain.models.decoder_config import DecoderConfig
 from jaxtrain.models.deepseek_v3 import DeepseekV3Config
 from jaxtrain.models.electra import ElectraConfig
 from jaxtrain.models.encoder import build_encoder

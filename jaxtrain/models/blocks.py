@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxtrain.kernels.attention import api
 from jaxtrain.models.attention import Attention, AttentionSpec, attend_cached
-from jaxtrain.models.decoder import REMAT
+from jaxtrain.models.decoder_config import REMAT
 from jaxtrain.models.layers import ROWS, Linear, MLPSpec, NormSpec, dropout
 from jaxtrain.types import Array, Tokens
 

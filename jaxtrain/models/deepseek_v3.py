@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from jaxtrain.models.balance import BalanceSpec
-from jaxtrain.models.decoder import DecoderSpec, LayerSpec
+from jaxtrain.models.decoder_config import DecoderSpec, LayerSpec
 from jaxtrain.models.latent import LatentSpec
 from jaxtrain.models.layers import MLPSpec, NormSpec
 from jaxtrain.models.moe import MoESpec

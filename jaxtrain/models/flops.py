@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from jaxtrain.models.attention import AttentionSpec
-from jaxtrain.models.decoder import DecoderConfig
+from jaxtrain.models.decoder_config import DecoderConfig
 from jaxtrain.models.layers import MLPSpec
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxtrain.models.decoder import DecoderConfig, LayerSpec
+from jaxtrain.models.decoder_config import DecoderConfig, LayerSpec
 from jaxtrain.models.layers import MLPSpec
 from jaxtrain.models.rope import Rope
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
-from jaxtrain.models.decoder import DecoderConfig, DecoderSpec, LayerSpec
+from jaxtrain.models.decoder_config import DecoderConfig, DecoderSpec, LayerSpec
 from jaxtrain.models.layers import ACTIVATIONS, MLPSpec, NormSpec
 from jaxtrain.models.rope import Rope
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxtrain.models.decoder import LayerSpec
+from jaxtrain.models.decoder_config import LayerSpec
 from jaxtrain.models.moe import MoESpec
 from jaxtrain.models.sparse import MoEConfig
 

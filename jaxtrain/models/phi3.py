@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtrain.kernels.attention import api
 from jaxtrain.models.attention import Attention, AttentionSpec, attend_cached
 from jaxtrain.models.cache import slot_positions, write
-from jaxtrain.models.decoder import DecoderConfig, LayerSpec
+from jaxtrain.models.decoder_config import DecoderConfig, LayerSpec
 from jaxtrain.models.layers import MLPSpec
 from jaxtrain.models.rope import Rope, apply_rope, rope_tables
 from jaxtrain.types import Array

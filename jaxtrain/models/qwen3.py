@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from jaxtrain.models.decoder import LayerSpec
+from jaxtrain.models.decoder_config import LayerSpec
 from jaxtrain.models.layers import MLPSpec
 from jaxtrain.models.qwen2 import Qwen2Config
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 
-from jaxtrain.models.decoder import DecoderSpec, LayerSpec
+from jaxtrain.models.decoder_config import DecoderSpec, LayerSpec
 from jaxtrain.models.layers import MLPSpec
 from jaxtrain.models.moe import MoESpec
 from jaxtrain.models.sparse import MoEConfig

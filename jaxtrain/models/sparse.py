@@ -6,7 +6,7 @@ import dataclasses
 import functools
 
 from jaxtrain.models.balance import BalanceSpec
-from jaxtrain.models.decoder import DecoderConfig, DecoderSpec
+from jaxtrain.models.decoder_config import DecoderConfig, DecoderSpec
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

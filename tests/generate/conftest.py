@@ -11,7 +11,7 @@ import pytest
 
 from jaxtrain.data.tokenizer import SentencePieceBPE
 from jaxtrain.models import DecoderConfig, build_model
-from jaxtrain.models.decoder import LayerSpec
+from jaxtrain.models.decoder_config import LayerSpec
 from jaxtrain.models.layers import MLPSpec
 from jaxtrain.objectives.common import token_logps
 from jaxtrain.types import Tokens

@@ -94,5 +94,5 @@ def test_the_loss_on_held_text_is_that_of_transformers(ours, theirs):
     with torch.no_grad():
         wanted = theirs(torch.from_numpy(ids).long(), labels=torch.from_numpy(ids).long()).loss
     loss = -float(jnp.mean(logps))
-    assert 1.5 < loss < 4, "neither gibberish nor known by heart"
+    assert 1.5 < loss < 5, "neither gibberish (about 10) nor known by heart"
     assert abs(loss - float(wanted)) < 1e-3

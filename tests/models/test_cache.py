@@ -12,7 +12,8 @@ import pytest
 
 from jaxtrain.models import DecoderConfig, init_cache
 from jaxtrain.models.cache import Cache, cache_bytes, insert, slot_positions, write
-from jaxtrain.models.decoder import DecoderSpec, build_decoder, unstack
+from jaxtrain.models.decoder import build_decoder, unstack
+from jaxtrain.models.decoder_config import DecoderSpec
 from jaxtrain.models.layers import MLPSpec
 from jaxtrain.models.rope import Rope
 from jaxtrain.types import Tokens
