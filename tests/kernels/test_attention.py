@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxtrain.kernels.attention import api, reference
+from jaxtrain.kernels.attention import api
+from jaxtrain.kernels.attention.masks import make_marks, visible
 
 
 def by_hand(
@@ -36,6 +37,10 @@ def by_hand(
                 weights = np.exp(logits - logits.max())
                 out[b, t, n] = weights / weights.sum() @ v[b, seen, n // group]
     return out
+
+
+def visible_mask(masks, window=0):
+    return visible(make_marks(*masks.values(), causal=True, window=window)[0])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -147,7 +152,7 @@ def test_one_query_over_a_cache_is_attention_of_one_query(name):
     case = Case(T=1, S=9, V=4, softcap=0.9, scale=0.7) if name == "decode-capped" else CASES[name]
     (q, k, v), masks = inputs(case)
     masks["q_segments"][1] = 0
-    visible = reference.attention_mask(*masks.values(), causal=True, window=case.window)[:, 0]
+    visible = visible_mask(masks, window=case.window)[:, 0]
     assert not visible[1].any() and visible.any()
     found = api.decode_attention(
         q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), visible, scale=case.scale, softcap=case.softcap
@@ -161,7 +166,7 @@ def test_one_query_over_a_cache_is_attention_of_one_query(name):
 def test_a_row_that_sees_nothing_is_zero_and_gives_no_gradient():
     (q, k, v), masks = inputs(CASES["odd"])
     masks["q_segments"] = np.where(np.arange(7) < 3, 0, masks["q_segments"])
-    blind = ~np.any(reference.attention_mask(*masks.values(), causal=True), axis=-1)
+    blind = ~np.any(visible_mask(masks), axis=-1)
     assert blind[:, :3].all() and not blind.all()
 
     def blind_sum(qkv):

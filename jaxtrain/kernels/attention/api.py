@@ -1,10 +1,19 @@
-"""The attention that models call: checks shapes, then hands over to a backend."""
+"""The attention that models call: checks shapes, chooses a backend, and hands over to it."""
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+
 import jax
+import jax.numpy as jnp
 
 from jaxtrain.kernels.attention import reference
+from jaxtrain.kernels.attention.flash import flash
+from jaxtrain.kernels.attention.masks import Marks, Spec, make_marks, visible
+from jaxtrain.kernels.target import target
+
+logger = logging.getLogger(__name__)
 
 BACKENDS = ("auto", "xla")
 
@@ -20,26 +29,34 @@ def attention(
     k_segments: jax.Array,
     causal: bool = True,
     window: int = 0,
+    q_prefix: jax.Array | None = None,
     softcap: float = 0.0,
+    sinks: jax.Array | None = None,
     bias: jax.Array | None = None,
     in_order: bool = False,
     scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> jax.Array:
+) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Grouped-query attention within segments.
 
     q_BTNH: ``[B, T, N, H]``; k_BSKH: ``[B, S, K, H]`` with N a multiple of K; v_BSKV: ``[B, S, K, V]``.
     positions, segments: int32 ``[B, T]`` for queries and ``[B, S]`` for keys.  A query sees the keys of its own
     segment (0 is padding and sees nothing), and under ``causal`` only those at its own position or before.
     window: a query sees keys less than this many positions before it (and, without ``causal``, after it); 0: all.
+    q_prefix: int32 ``[B, T]``, for prefix language models (1910.10683) under ``causal``: so many tokens at the start of
+        its segment are seen by the query wherever it stands.
     softcap: logits become ``softcap * tanh(logits / softcap)``; 0: unchanged.
+    sinks: float ``[N]``, the logit of one more key of value 0 that each query of a head sees (2309.17453, as learned in
+        2508.10925); a query that sees no other key still gets 0.
     bias: float ``[N, T, S]`` or ``[B, N, T, S]``, added to the logits after ``scale``.
     in_order: promises that keys and queries are the same tokens, in the order of their positions within each segment,
         so that under ``causal`` no query sees a key that stands after it; work that this rules out may be left undone.
     scale: multiplies the logits; ``H ** -0.5`` by default.
-    backend: "xla", or "auto" for the best that runs here.
-    Returns ``[B, T, N, V]`` in the type of ``q_BTNH``; rows that see nothing are 0.
-    Raises ValueError for shapes that do not fit and for an unknown backend.
+    backend: one of ``BACKENDS``; "auto" is the best that runs on the devices of the current mesh.
+    Returns ``[B, T, N, V]`` in the type of ``q_BTNH``; rows that see nothing are 0.  With ``return_lse`` also the
+    logarithm of the softmax's denominator, float32 ``[B, T, N]``; -inf for rows that see nothing.
+    Raises ValueError for shapes that do not fit, for an unknown backend, and for one that cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; one of {BACKENDS}")
@@ -53,23 +70,56 @@ def attention(
     for name, x, want in (
         ("q_positions", q_positions, (B, T)),
         ("q_segments", q_segments, (B, T)),
+        ("q_prefix", q_prefix, (B, T)),
         ("k_positions", k_positions, (B, S)),
         ("k_segments", k_segments, (B, S)),
+        ("sinks", sinks, (N,)),
         ("bias", bias, (N, T, S) if bias is None or bias.ndim == 3 else (B, N, T, S)),
     ):
         if x is not None and x.shape != want:
             raise ValueError(f"attention: {name} has shape {x.shape}, expected {want}")
-    mask_BTS = reference.attention_mask(q_positions, k_positions, q_segments, k_segments, causal=causal, window=window)
-    return reference.attention(
-        q_BTNH,
-        k_BSKH,
-        v_BSKV,
-        mask_BTS,
-        scale=H**-0.5 if scale is None else scale,
-        softcap=softcap,
-        bias=bias,
-        blocks=_causal_blocks(T) if causal and in_order else 1,
+    if q_prefix is not None and not causal:
+        raise ValueError("attention: q_prefix says what a causal mask leaves visible, but causal is False")
+    marks, low, high = make_marks(
+        q_positions, k_positions, q_segments, k_segments, causal=causal, window=window, q_prefix=q_prefix
     )
+    spec = Spec(
+        scale=float(H**-0.5 if scale is None else scale),
+        softcap=float(softcap),
+        low=low,
+        high=high,
+        in_order=in_order and causal and q_prefix is None,
+    )
+    out_BNTV, lse_BNT = _run(backend, spec, *(x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKV)), marks, bias)
+    if sinks is not None:
+        out_BNTV, lse_BNT = _add_sinks(out_BNTV, lse_BNT, sinks)
+    out_BTNV = out_BNTV.swapaxes(1, 2)
+    return (out_BTNV, lse_BNT.swapaxes(1, 2)) if return_lse else out_BTNV
+
+
+def _run(backend: str, spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, bias) -> tuple[jax.Array, jax.Array]:
+    """``[B, N, T, V]`` and the log-sum-exp, float32 ``[B, N, T]``."""
+    T, S = q_BNTH.shape[2], k_BKSH.shape[2]
+    return reference.attention(
+        q_BNTH,
+        k_BKSH,
+        v_BKSV,
+        visible(marks),
+        scale=spec.scale,
+        softcap=spec.softcap,
+        bias=bias,
+        blocks=_causal_blocks(T) if spec.in_order and T == S else 1,
+    )
+
+
+def _add_sinks(out_BNTV, lse_BNT, sinks_N) -> tuple[jax.Array, jax.Array]:
+    """One more key of value 0: it only makes the denominator larger."""
+    seen_BNT = ~jnp.isneginf(lse_BNT)
+    lse = jnp.where(seen_BNT, lse_BNT, 0.0)
+    with_sink_BNT = jnp.logaddexp(lse, sinks_N.astype(jnp.float32)[:, None])
+    share_BNT = jnp.where(seen_BNT, jnp.exp(lse - with_sink_BNT), 0.0)
+    out_BNTV = (out_BNTV.astype(jnp.float32) * share_BNT[..., None]).astype(out_BNTV.dtype)
+    return out_BNTV, jnp.where(seen_BNT, with_sink_BNT, -jnp.inf)
 
 
 def decode_attention(
