@@ -9,6 +9,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jaxtrain.types import record
 
@@ -36,6 +37,8 @@ class Spec:
     scale: multiplies the logits.  softcap: logits become ``softcap * tanh(logits / softcap)`` (2408.00118); 0: unchanged.
     low, high: whether ``q_low`` and ``q_high`` hide anything of a query's own segment; a bound that does not is not read.
     in_order: no query sees a key that stands after it (at a larger index); only for T = S.
+    share: of all ``T x S`` pairs, how many the mask leaves where there is but one segment; for estimates of cost.
+    tiles: queries and keys of a tile, for backends that have such; None: what their own table says.
     """
 
     scale: float
@@ -43,6 +46,8 @@ class Spec:
     low: bool = False
     high: bool = True
     in_order: bool = False
+    share: float = 1.0
+    tiles: tuple[int, int] | None = None
 
 
 def make_marks(
@@ -67,6 +72,14 @@ def make_marks(
         high = jnp.minimum(high, last)
     marks = Marks(q_segments=q_segments, q_low=low, q_high=high, k_segments=k_segments, k_positions=k_positions)
     return jax.tree.map(lambda x: x.astype(jnp.int32), marks), bool(window), causal or bool(window)
+
+
+def visible_share(T: int, S: int, *, causal: bool, window: int = 0) -> float:
+    """``Spec.share`` of T queries that are the last of S tokens (the first, if there are more of them than keys)."""
+    at = np.arange(T) + max(S - T, 0)
+    first = np.maximum(at - (window - 1), 0) if window else np.zeros_like(at)
+    last = at if causal else (at + (window - 1) if window else np.full_like(at, S - 1))
+    return float(np.sum(np.maximum(np.minimum(last, S - 1) - first + 1, 0)) / (T * S))
 
 
 def visible(marks: Marks) -> jax.Array:
