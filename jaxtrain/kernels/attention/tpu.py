@@ -23,6 +23,12 @@ from jaxtrain.kernels.target import target
 CHUNK_BYTES = 2 * 2**20
 VMEM_LIMIT = 64 * 2**20
 
+GENERATIONS = {
+    "TPU v4": "v4", "TPU v5 lite": "v5e", "TPU v5": "v5p", "TPU v6 lite": "v6e", "TPU7x": "tpu7x",
+}  # fmt: skip
+# Of VMEM, for the dq of a group of heads.
+FUSED_BYTES = {"v4": 4 * 2**20, "v5e": 20 * 2**20, "v5p": 20 * 2**20, "v6e": 20 * 2**20, "tpu7x": 20 * 2**20}
+
 
 def forward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks):
     B, N, T, H = q_BNTH.shape
@@ -73,8 +79,12 @@ def forward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks):
 
 
 def backward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, lse_BNT, delta_BNT, d_out_BNTV):
-    dq = _dq(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV)
-    return (dq, *_dkv(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV))
+    args = (q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV)
+    _, N, T, H = q_BNTH.shape
+    # What the one kernel adds up for a group of heads, or two kernels where it does not fit.
+    if N // k_BKSH.shape[1] * H * (T + LANES) * 4 <= FUSED_BYTES[generation()]:
+        return _dkv(spec, *args, fused=True)
+    return (_dq(spec, *args), *_dkv(spec, *args, fused=False))
 
 
 def _dq(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV):
@@ -121,7 +131,8 @@ def _dq(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV):
     return dq[:, :, :T]
 
 
-def _dkv(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV):
+def _dkv(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV, *, fused: bool):
+    """dk and dv; after dq where ``fused``."""
     B, N, T, H = q_BNTH.shape
     K, S, V = k_BKSH.shape[1], k_BKSH.shape[2], v_BKSV.shape[-1]
     shape, q_len, k_len = _cut(spec, T, S, H, V, q_BNTH.dtype, looped="queries")
@@ -140,7 +151,9 @@ def _dkv(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV):
         return b, n * G + c // chunks, 0, at_q(b, n, j, c, r)[2]
 
     at_k = lambda b, n, j, c, _: (b, n, j, 0)  # noqa: E731
-    dk, dv = pl.pallas_call(
+    dq_out = [jax.ShapeDtypeStruct((B, N, H, q_len), jnp.float32)] if fused else []
+    whole = pl.BlockSpec((1, G, H, q_len), lambda b, n, j, c, _: (b, n, 0, 0), pipeline_mode=pl.Buffered(1))
+    dk, dv, *dq = pl.pallas_call(
         partial(dkv_kernel, spec=spec, shape=shape, chunks=chunks),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=1,
@@ -155,7 +168,11 @@ def _dkv(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV):
                 pl.BlockSpec((1, 3, chunk), lambda b, n, j, c, r: (b, 0, at_q(b, n, j, c, r)[2])),
                 pl.BlockSpec((1, 2, shape.keys), lambda b, n, j, c, _: (b, 0, j)),
             ],
-            out_specs=[pl.BlockSpec((1, 1, shape.keys, H), at_k), pl.BlockSpec((1, 1, shape.keys, V), at_k)],
+            out_specs=[
+                pl.BlockSpec((1, 1, shape.keys, H), at_k),
+                pl.BlockSpec((1, 1, shape.keys, V), at_k),
+                *([whole] if fused else []),
+            ],
             scratch_shapes=[
                 pltpu.VMEM((2, shape.keys, shape.queries), jnp.float32),
                 pltpu.VMEM((2, shape.keys, shape.queries), jnp.float32),
@@ -163,12 +180,15 @@ def _dkv(spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV):
                 pltpu.VMEM((shape.keys, V), jnp.float32),
             ],
         ),
-        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype)],
-        cost_estimate=_cost(spec, B * N, T, S, 2 * (2 * H + 2 * V), 1, (q, k, v, d_out, k, v)),
-        name="flash_dkv",
-        **_settings(),
+        out_shape=[jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct(v.shape, v.dtype), *dq_out],
+        cost_estimate=_cost(
+            spec, B * N, T, S, 2 * ((3 if fused else 2) * H + 2 * V), 1, (q, k, v, d_out, k, v, *dq_out)
+        ),
+        name="flash_backward" if fused else "flash_dkv",
+        **_settings(across_blocks=fused),
     )(ranges.reshape(-1), q, k, v, d_out, lse, delta, q_marks, k_marks)
-    return dk[:, :, :S], dv[:, :, :S]
+    dq = [(x.swapaxes(2, 3)[:, :, :T] * spec.scale).astype(q.dtype) for x in dq]
+    return *dq, dk[:, :, :S], dv[:, :, :S]
 
 
 def _chunk(ranges, b, i, c, blocks: int, tiles: int):
@@ -215,12 +235,18 @@ def _cost(spec: Spec, heads: int, T: int, S: int, flops: int, exponentials: int,
     )
 
 
-def _settings() -> dict:
+def generation() -> str:
+    """Which TPU is traced for; where none is, the newest."""
+    return GENERATIONS.get(target()[1], "tpu7x")
+
+
+def _settings(across_blocks: bool = False) -> dict:
+    """across_blocks: whether the blocks that are held share something and so have an order."""
     interpret = target()[0] != "tpu"
     return {
         "interpret": interpret,
         "compiler_params": pltpu.CompilerParams(
-            dimension_semantics=("parallel", "parallel", "parallel", "arbitrary"),
+            dimension_semantics=("parallel", "parallel", "arbitrary" if across_blocks else "parallel", "arbitrary"),
             vmem_limit_bytes=VMEM_LIMIT,
             disable_bounds_checks=True,
         ),

@@ -226,11 +226,16 @@ def dq_kernel(
 
 
 def dkv_kernel(
-    ranges_ref, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, q_marks_ref, k_marks_ref, dk_ref, dv_ref,
-    x_KQ, dp_KQ, dk_KH, dv_KV, *, spec: Spec, shape: Shape, chunks: int,
+    ranges_ref, q_ref, k_ref, v_ref, d_out_ref, lse_ref, delta_ref, q_marks_ref, k_marks_ref, dk_ref, dv_ref, *more,
+    spec: Spec, shape: Shape, chunks: int,
 ):  # fmt: skip
-    """One block of keys along the lanes, all the queries of its group of heads in turn: dv^T adds up d_out^T P, and
-    dk^T adds up q^T dS, of tiles of queries x keys."""
+    """One block of keys, all the queries of its group of heads in turn: dv adds up P^T d_out, and dk adds up dS^T q, of
+    tiles of keys x queries.
+
+    Where all of a group's dq^T fits into VMEM it is added up on the way, without the scale, and a tile's logits and their
+    gradients need not be computed a second time for it: five products instead of seven.
+    """
+    *dq_refs, x_KQ, dp_KQ, dk_KH, dv_KV = more
     turn, turns = pl.program_id(3), pl.num_programs(3)
     at = (pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)) * 4
 
@@ -238,6 +243,17 @@ def dkv_kernel(
     def _():
         dk_KH[...] = jnp.zeros_like(dk_KH)
         dv_KV[...] = jnp.zeros_like(dv_KV)
+
+    for dq_ref in dq_refs:
+        heads, H, length = dq_ref.shape[1:]
+        blocks = length // shape.queries
+
+        def clear(block, dq_ref=dq_ref, blocks=blocks, H=H):
+            dq_ref[0, block // blocks, :, _rows(block % blocks, shape.queries)] = jnp.zeros(
+                (H, shape.queries), jnp.float32
+            )
+
+        pl.when((turn == 0) & (pl.program_id(2) == 0))(lambda n=heads * blocks, clear=clear: _loop(0, n, clear))
 
     def start(tile, slot, hide):
         rows = _rows(tile, shape.queries)
@@ -254,7 +270,11 @@ def dkv_kernel(
         p, ds = _p_ds(spec, x_KQ[slot], dp_KQ[slot], lse_ref[0, 0, :, rows] * LOG2E, delta_ref[0, 0, :, rows])
         q, d_out = q_ref[0, 0, rows], d_out_ref[0, 0, rows]
         dv_KV[...] += _dot(p.astype(d_out.dtype), d_out, (1, 0))
-        dk_KH[...] += _dot(ds.astype(q.dtype), q, (1, 0))
+        ds = ds.astype(q.dtype)
+        dk_KH[...] += _dot(ds, q, (1, 0))
+        for dq_ref in dq_refs:
+            at_q = _rows(turn % chunks * shape.tiles + tile, shape.queries)
+            dq_ref[0, turn // chunks, :, at_q] += _dot(k_ref[0, 0], ds, (0, 0))
 
     _all_tiles(_chunk_ranges(ranges_ref, at, turn % chunks, shape.tiles), start, finish)
 
