@@ -8,14 +8,19 @@ from functools import cache
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.kernels.attention import reference
+from jaxtrain.kernels.attention import blocked, cudnn, gpu, on_mesh, reference, tpu, tpu_decode
 from jaxtrain.kernels.attention.flash import flash
-from jaxtrain.kernels.attention.masks import Marks, Spec, make_marks, visible
+from jaxtrain.kernels.attention.masks import Marks, Spec, make_marks, visible, visible_share
 from jaxtrain.kernels.target import target
+from jaxtrain.sharding import DEFAULT_RULES, ShardingRules
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = ("auto", "xla")
+# See ``flash``.
+FLASH = {"blocked": blocked, "tpu": tpu, "gpu": gpu}
+BACKENDS = ("auto", "xla", *FLASH, "cudnn")
+# What "auto" takes where it can.
+PLATFORMS = {"tpu": "tpu", "gpu": "gpu"}
 
 
 def attention(
@@ -37,6 +42,9 @@ def attention(
     scale: float | None = None,
     return_lse: bool = False,
     backend: str = "auto",
+    tiles: tuple[int, int] | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
+    across: str = "auto",
 ) -> jax.Array | tuple[jax.Array, jax.Array]:
     """Grouped-query attention within segments.
 
@@ -53,13 +61,21 @@ def attention(
     in_order: promises that keys and queries are the same tokens, in the order of their positions within each segment,
         so that under ``causal`` no query sees a key that stands after it; work that this rules out may be left undone.
     scale: multiplies the logits; ``H ** -0.5`` by default.
-    backend: one of ``BACKENDS``; "auto" is the best that runs on the devices of the current mesh.
+    backend: one of ``BACKENDS``; "auto" is the best that runs on the devices of the current mesh: the kernels in ``tpu``
+        or ``gpu``, which on another platform are interpreted; elsewhere "blocked" for long rows, whose memory is linear in
+        the length, and "xla" for short ones.  "cudnn" is NVIDIA's, for what it can do.
+    tiles: queries and keys of a tile, in place of the backend's own choice.
+    rules: which mesh axes split rows ("batch"), heads ("act_heads") and the sequence ("sequence").
+    across: how a sequence that is split over devices is attended to, by all backends but "xla": one of
+        ``on_mesh.ACROSS``; "auto" is the all-gather for two devices and the ring for more.
     Returns ``[B, T, N, V]`` in the type of ``q_BTNH``; rows that see nothing are 0.  With ``return_lse`` also the
     logarithm of the softmax's denominator, float32 ``[B, T, N]``; -inf for rows that see nothing.
     Raises ValueError for shapes that do not fit, for an unknown backend, and for one that cannot run here.
     """
     if backend not in BACKENDS:
         raise ValueError(f"attention backend {backend!r} is unknown; one of {BACKENDS}")
+    if across not in on_mesh.ACROSS:
+        raise ValueError(f"attention across {across!r} is unknown; one of {on_mesh.ACROSS}")
     B, T, N, H = q_BTNH.shape
     S, K = k_BSKH.shape[1:3]
     if k_BSKH.shape != (B, S, K, H) or v_BSKV.shape[:-1] != (B, S, K) or N % K:
@@ -89,16 +105,63 @@ def attention(
         low=low,
         high=high,
         in_order=in_order and causal and q_prefix is None,
+        share=visible_share(T, S, causal=causal, window=window),
+        tiles=tiles,
     )
-    out_BNTV, lse_BNT = _run(backend, spec, *(x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKV)), marks, bias)
+    qkv = [x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKV)]
+    backend = _choose(backend, spec, *qkv, bias, return_lse or sinks is not None, rules)
+    out_BNTV, lse_BNT = _run(backend, spec, *qkv, marks, bias, rules, across)
     if sinks is not None:
         out_BNTV, lse_BNT = _add_sinks(out_BNTV, lse_BNT, sinks)
     out_BTNV = out_BNTV.swapaxes(1, 2)
     return (out_BTNV, lse_BNT.swapaxes(1, 2)) if return_lse else out_BTNV
 
 
-def _run(backend: str, spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, bias) -> tuple[jax.Array, jax.Array]:
-    """``[B, N, T, V]`` and the log-sum-exp, float32 ``[B, N, T]``."""
+def _choose(backend: str, spec: Spec, q_BNTH, k_BKSH, v_BKSV, bias, lse: bool, rules: ShardingRules) -> str:
+    """The backend to run.  Raises ValueError where the one asked for cannot; "auto" falls back, and says so once."""
+    shapes = (q_BNTH, k_BKSH, v_BKSV)
+    if backend not in ("auto", "xla"):
+        if reason := _refusal(backend, spec, *shapes, bias, lse):
+            raise ValueError(f"attention backend {backend!r} cannot run here: {reason}; 'auto' takes one that can")
+        if backend in PLATFORMS.values() and target()[0] == "cpu":
+            _say_once(f"attention backend {backend!r} is interpreted on a CPU, which is very slow and meant for tests")
+        return backend
+    if backend == "auto" and (own := PLATFORMS.get(target()[0])):
+        reason = _refusal(own, spec, *shapes, bias, lse)
+        if reason is None:
+            return own
+        other = "xla" if bias is not None else "blocked"
+        _say_once(f"attention falls back from {own!r} to {other!r}: {reason}")
+        return other
+    # Blocks skip what the mask hides, which on a CPU pays from about 1,024 keys; the compiler does not know how to split
+    # a sequence's attention, and would gather all logits.
+    wanted = k_BKSH.shape[2] >= 1024 or on_mesh.splits_sequence(rules)
+    return "blocked" if backend == "auto" and wanted and bias is None else "xla"
+
+
+def _refusal(backend: str, spec: Spec, q_BNTH, k_BKSH, v_BKSV, bias, lse: bool) -> str | None:
+    if bias is not None:
+        return "only 'xla' adds a bias to the logits"
+    if backend == "cudnn":
+        return cudnn.refusal(spec, q_BNTH, k_BKSH, v_BKSV) or (
+            "cuDNN's gradient has no part for the log-sum-exp, which sinks and return_lse need" if lse else None
+        )
+    return FLASH[backend].refusal(spec, q_BNTH, k_BKSH, v_BKSV)
+
+
+@cache
+def _say_once(message: str) -> None:
+    logger.warning(message)
+
+
+def _run(
+    backend: str, spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, bias, rules: ShardingRules, across: str
+) -> tuple[jax.Array, jax.Array | None]:
+    """``[B, N, T, V]`` and the log-sum-exp, float32 ``[B, N, T]``, which cuDNN keeps to itself."""
+    if backend == "cudnn":
+        return cudnn.attention(spec, q_BNTH, k_BKSH, v_BKSV, marks), None
+    if backend in FLASH:
+        return on_mesh.attend(FLASH[backend], spec, q_BNTH, k_BKSH, v_BKSV, marks, rules=rules, across=across)
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
     return reference.attention(
         q_BNTH,
@@ -131,16 +194,17 @@ def decode_attention(
     scale: float | None = None,
     softcap: float = 0.0,
     bias: jax.Array | None = None,
+    rules: ShardingRules = DEFAULT_RULES,
 ) -> jax.Array:
     """One query a row over a cache laid out ``[B, K, S, H]``, whose keys and values are read once and never moved.
 
     visible_BS: bool, the slots that row b's query sees.  bias: float ``[B, N, S]``, added to the logits after
     ``scale``.  The rest as in :func:`attention`; returns ``[B, N, V]``.
     """
-    H = q_BNH.shape[-1]
-    return reference.decode_attention(
-        q_BNH, k_BKSH, v_BKSV, visible_BS, scale=H**-0.5 if scale is None else scale, softcap=softcap, bias_BNS=bias
-    )
+    scale = q_BNH.shape[-1] ** -0.5 if scale is None else scale
+    if target()[0] == "tpu" and bias is None and tpu_decode.refusal(q_BNH, k_BKSH, v_BKSV, rules) is None:
+        return tpu_decode.on_mesh(q_BNH, k_BKSH, v_BKSV, visible_BS, scale=scale, softcap=softcap, rules=rules)
+    return reference.decode_attention(q_BNH, k_BKSH, v_BKSV, visible_BS, scale=scale, softcap=softcap, bias_BNS=bias)
 
 
 def _causal_blocks(length: int) -> int:

@@ -39,7 +39,7 @@ class Shape:
     tiles: int
 
 
-def _dot(a, b, contract: tuple[int, int]):
+def dot(a, b, contract: tuple[int, int]):
     """``a`` times ``b`` over one dimension of each, added up in float32; float32 factors are not rounded."""
     precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dims = (((contract[0],), (contract[1],)), ((), ()))
@@ -100,8 +100,8 @@ def _chunk_ranges(ranges_ref, at, chunk, tiles: int):
 
 
 def _pipelined(first, end, start, finish) -> None:
-    """``start(tile, slot)`` and ``finish(tile, slot)`` of all tiles from ``first`` to ``end``, at least one, each tile started
-    in the stretch of code that finishes the one before it.
+    """``start(tile, slot)`` and ``finish(tile, slot)`` of all tiles from ``first`` to ``end``, at least one, each tile
+    started in the stretch of code that finishes the one before it.
 
     The two share no data, so that the compiler fills the matrix unit and the vector units at once.  Slots 0 and 1
     alternate, and are known when the code is compiled: only then can it tell that they are different memory.
@@ -145,8 +145,8 @@ def _all_tiles(ranges, start, finish) -> None:
 
 
 def forward_kernel(
-    ranges_ref, q_ref, k_ref, v_ref, q_marks_ref, k_marks_ref, out_ref, lse_ref, q_HQ, s_KQ, o_VQ, l_Q, m_Q, new_m_Q, alpha_Q,
-    *, spec: Spec, shape: Shape,
+    ranges_ref, q_ref, k_ref, v_ref, q_marks_ref, k_marks_ref, out_ref, lse_ref,
+    q_HQ, s_KQ, o_VQ, l_Q, m_Q, new_m_Q, alpha_Q, *, spec: Spec, shape: Shape,
 ):  # fmt: skip
     """FlashAttention-2 (2307.08691), algorithm 1, transposed: one block of queries along the lanes.
 
@@ -167,7 +167,7 @@ def forward_kernel(
     def start(tile, slot, hide):
         """The logits of a tile, the maximum with them, and what it does to the sums so far."""
         rows = _rows(tile, shape.keys)
-        s = _before_unit(spec, _dot(k_ref[0, 0, rows], q_HQ[...], (1, 0))) * _unit(spec)
+        s = _before_unit(spec, dot(k_ref[0, 0, rows], q_HQ[...], (1, 0))) * _unit(spec)
         if hide:
             s = jnp.where(_visible_KQ(spec, q_marks_ref, k_marks_ref, rows), s, HIDDEN)
         m = m_Q[...]
@@ -179,7 +179,7 @@ def forward_kernel(
         p = jnp.exp2(s_KQ[slot] - new_m_Q[slot])
         l_Q[...] = l_Q[...] * alpha_Q[slot] + jnp.sum(p, axis=0, keepdims=True)
         v = v_ref[0, 0, _rows(tile, shape.keys)]
-        o_VQ[...] = o_VQ[...] * alpha_Q[slot] + _dot(v, p.astype(v.dtype), (0, 0))
+        o_VQ[...] = o_VQ[...] * alpha_Q[slot] + dot(v, p.astype(v.dtype), (0, 0))
 
     _all_tiles(_chunk_ranges(ranges_ref, at, chunk, shape.tiles), start, finish)
 
@@ -207,16 +207,16 @@ def dq_kernel(
 
     def start(tile, slot, hide):
         rows = _rows(tile, shape.keys)
-        x = _before_unit(spec, _dot(k_ref[0, 0, rows], q_HQ[...], (1, 0)))
+        x = _before_unit(spec, dot(k_ref[0, 0, rows], q_HQ[...], (1, 0)))
         if hide:
             x = jnp.where(_visible_KQ(spec, q_marks_ref, k_marks_ref, rows), x, BACKWARD_HIDDEN / _unit(spec))
         x_KQ[slot] = x
-        dp_KQ[slot] = _dot(v_ref[0, 0, rows], d_out_VQ[...], (1, 0))
+        dp_KQ[slot] = dot(v_ref[0, 0, rows], d_out_VQ[...], (1, 0))
 
     def finish(tile, slot):
         _, ds = _p_ds(spec, x_KQ[slot], dp_KQ[slot], lse_ref[0, 0] * LOG2E, delta_ref[0, 0])
         k = k_ref[0, 0, _rows(tile, shape.keys)]
-        dq_HQ[...] += _dot(k, ds.astype(k.dtype), (0, 0))
+        dq_HQ[...] += dot(k, ds.astype(k.dtype), (0, 0))
 
     _all_tiles(_chunk_ranges(ranges_ref, at, chunk, shape.tiles), start, finish)
 
@@ -232,8 +232,8 @@ def dkv_kernel(
     """One block of keys, all the queries of its group of heads in turn: dv adds up P^T d_out, and dk adds up dS^T q, of
     tiles of keys x queries.
 
-    Where all of a group's dq^T fits into VMEM it is added up on the way, without the scale, and a tile's logits and their
-    gradients need not be computed a second time for it: five products instead of seven.
+    Where all of a group's dq^T fits into VMEM it is added up on the way, without the scale, and a tile's logits and
+    their gradients need not be computed a second time for it: five products instead of seven.
     """
     *dq_refs, x_KQ, dp_KQ, dk_KH, dv_KV = more
     turn, turns = pl.program_id(3), pl.num_programs(3)
@@ -257,24 +257,24 @@ def dkv_kernel(
 
     def start(tile, slot, hide):
         rows = _rows(tile, shape.queries)
-        x = _before_unit(spec, _dot(k_ref[0, 0], q_ref[0, 0, rows], (1, 1)))
+        x = _before_unit(spec, dot(k_ref[0, 0], q_ref[0, 0, rows], (1, 1)))
         if hide:
             q_marks = [q_marks_ref[0, i : i + 1, rows] for i in range(3)]
             k_marks = (_column(k_marks_ref[0, i : i + 1], shape.queries) for i in range(2))
             x = jnp.where(_visible(spec, *q_marks, *k_marks), x, BACKWARD_HIDDEN / _unit(spec))
         x_KQ[slot] = x
-        dp_KQ[slot] = _dot(v_ref[0, 0], d_out_ref[0, 0, rows], (1, 1))
+        dp_KQ[slot] = dot(v_ref[0, 0], d_out_ref[0, 0, rows], (1, 1))
 
     def finish(tile, slot):
         rows = _rows(tile, shape.queries)
         p, ds = _p_ds(spec, x_KQ[slot], dp_KQ[slot], lse_ref[0, 0, :, rows] * LOG2E, delta_ref[0, 0, :, rows])
         q, d_out = q_ref[0, 0, rows], d_out_ref[0, 0, rows]
-        dv_KV[...] += _dot(p.astype(d_out.dtype), d_out, (1, 0))
+        dv_KV[...] += dot(p.astype(d_out.dtype), d_out, (1, 0))
         ds = ds.astype(q.dtype)
-        dk_KH[...] += _dot(ds, q, (1, 0))
+        dk_KH[...] += dot(ds, q, (1, 0))
         for dq_ref in dq_refs:
             at_q = _rows(turn % chunks * shape.tiles + tile, shape.queries)
-            dq_ref[0, turn // chunks, :, at_q] += _dot(k_ref[0, 0], ds, (0, 0))
+            dq_ref[0, turn // chunks, :, at_q] += dot(k_ref[0, 0], ds, (0, 0))
 
     _all_tiles(_chunk_ranges(ranges_ref, at, turn % chunks, shape.tiles), start, finish)
 

@@ -1,4 +1,4 @@
-"""Which key blocks a query block has to visit, and which need no mask: computed in XLA before the GPU kernels run.
+"""Which key blocks a query block has to visit, and which need no mask: computed in XLA before the kernels run.
 
 Letters: B rows, L tokens of one side, I blocks of the side that is held, J blocks of the side that is looped over.
 """
@@ -70,10 +70,9 @@ def _pairs(spec: Spec, q_marks, k_marks, block_q: int, block_k: int, square: boo
         ends = (jnp.arange(some.shape[1], dtype=jnp.int32) + 1) * block_q
         some &= ends[:, None] > jnp.arange(some.shape[2], dtype=jnp.int32) * block_k
 
-    # No padding, all of one segment, and the tightest bounds hold for the outermost keys.
+    # No padding, each of one segment (two that may meet have the same), and the tightest bounds hold for the outermost.
     full = jnp.all(q_segments > 0, -1)[:, :, None] & jnp.all(k_segments > 0, -1)[:, None]
     full &= (queries.first_segment == queries.last_segment) & (keys.first_segment == keys.last_segment)
-    full &= queries.first_segment == keys.first_segment
     if spec.low:
         full &= jnp.max(q_low, -1)[:, :, None] <= jnp.min(k_positions, -1)[:, None]
     if spec.high:
