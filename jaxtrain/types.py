@@ -7,6 +7,7 @@ NumPy arrays on their way to a device).  Nothing here imports the rest of jaxtra
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -146,7 +147,10 @@ class Outputs:
     """What a model returns.  Absent heads are None.
 
     hidden: ``[B, T, D]`` after the final norm, in the compute dtype.
-    logits: float32 ``[B, T, V]``.
+    lm: what next-token logits are made of (``models.heads.LazyLogits``), or the logits themselves, ``[B, T, V]``.
+        Objectives read it with ``objectives.common.token_logps`` or ``score``, which never hold all of the former.
+    logits: not a field: float32 ``[B, T, V]``, computed from ``lm`` whenever it is read; ``Outputs(logits=…)`` sets
+        ``lm``.
     rewards: float32 ``[B, T]``, the scalar reward head read at each position.
     values: float32 ``[B, T]``, the value head.
     cache: the updated key-value cache, when one was given.
@@ -158,7 +162,7 @@ class Outputs:
     """
 
     hidden: Array
-    logits: Array | None = None
+    lm: Any = None
     rewards: Array | None = None
     values: Array | None = None
     cache: Any = None
@@ -167,6 +171,25 @@ class Outputs:
     replaced: Array | None = None
     encoded: Array | None = None
     auxiliary: Auxiliary | None = None
+
+    @property
+    def logits(self) -> Array | None:
+        return self.lm.dense() if hasattr(self.lm, "dense") else self.lm
+
+
+def _with_logits(init):
+    """Lets a model that has logits at hand say so, by ``Outputs(logits=…)`` or ``dataclasses.replace``."""
+
+    @functools.wraps(init)
+    def wrapped(self, **fields: Any) -> None:
+        if "logits" in fields:
+            fields["lm"] = fields.pop("logits")
+        init(self, **fields)
+
+    return wrapped
+
+
+Outputs.__init__ = _with_logits(Outputs.__init__)
 
 
 @record

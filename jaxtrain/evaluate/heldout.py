@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.objectives.common import token_logps
+from jaxtrain.objectives.common import head, token_logps
 from jaxtrain.types import Apply, Array, Loss, Params, Sum, Tokens
 
 BETTER = ("lower", "higher", "none")
@@ -79,7 +79,7 @@ class ByteLoss:
     def __call__(self, apply: Apply, params: Params, batch: Tokens, rng: Array | None) -> Loss:
         del rng
         sizes = jnp.asarray(self.token_bytes)[batch.targets] * (batch.weights > 0)
-        logps = token_logps(apply(params, batch).logits, batch.targets)
+        logps = token_logps(head(apply(params, batch), "lm", type(self).__name__), batch.targets)
         total = -jnp.sum(jnp.where(sizes > 0, logps, 0.0)) / math.log(2)
         weight = jnp.sum(sizes).astype(jnp.float32)
         return Loss(total=total, weight=weight, metrics={"bits_per_byte": Sum(total, weight)})

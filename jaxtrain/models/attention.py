@@ -16,6 +16,7 @@ from jaxtrain.kernels.attention import api
 from jaxtrain.models.cache import Entry, slot_positions, write
 from jaxtrain.models.layers import Linear, NormSpec
 from jaxtrain.models.rope import Rope, apply_rope
+from jaxtrain.sharding import ShardingRules
 from jaxtrain.types import Array
 
 
@@ -119,11 +120,21 @@ class Attention(nnx.Module):
                 window=spec.window,
                 in_order=True,
                 backend=self.backend,
+                rules=constrain.rules,
                 **kinds,
             )
         else:
             out_BTNH, entry = attend_cached(
-                q_BTNH, k_BTKH, v_BTKH, positions, segments, *cache, window=spec.window, backend=self.backend, **kinds
+                q_BTNH,
+                k_BTKH,
+                v_BTKH,
+                positions,
+                segments,
+                *cache,
+                window=spec.window,
+                backend=self.backend,
+                rules=constrain.rules,
+                **kinds,
             )
         return self.out(out_BTNH.reshape(*x.shape[:-1], *out_BTNH.shape[-2:])), entry
 
@@ -139,6 +150,7 @@ def attend_cached(
     *,
     window: int,
     backend: str,
+    rules: ShardingRules,
     scale: float | None,
     softcap: float,
     bias: Callable[[Array, Array], Array] | None = None,
@@ -193,5 +205,6 @@ def attend_cached(
         softcap=softcap,
         bias=None if bias is None else bias(positions, k_positions),
         backend=backend,
+        rules=rules,
     )
     return out_BTNH, entry

@@ -53,7 +53,9 @@ class OpenAttention(Attention):
         q_BTNH = constrain(q_BTNH, ("batch", "sequence", "act_heads", None))
         if cache is None:
             entry = None
-            out_BTNH = self.attend(q_BTNH, k_BTNH, v_BTNH, at, at, causal=causal, in_order=True, bias=bias)
+            out_BTNH = self.attend(
+                q_BTNH, k_BTNH, v_BTNH, at, at, rules=constrain.rules, causal=causal, in_order=True, bias=bias
+            )
         else:
             out_BTNH, entry = attend_cached(
                 q_BTNH,
@@ -63,6 +65,7 @@ class OpenAttention(Attention):
                 *cache,
                 window=0,
                 backend=self.backend,
+                rules=constrain.rules,
                 scale=self.spec.scale,
                 softcap=0.0,
                 bias=bias,
@@ -86,10 +89,10 @@ class OpenAttention(Attention):
             out_BTNH = out_BNH[:, None]
         else:
             k_BSNH, v_BSNH = (array.transpose(0, 2, 1, 3) for array in shown.values())
-            out_BTNH = self.attend(q_BTNH, k_BSNH, v_BSNH, at, shown_at)
+            out_BTNH = self.attend(q_BTNH, k_BSNH, v_BSNH, at, shown_at, rules=constrain.rules)
         return self.out(out_BTNH.reshape(*x.shape[:-1], *out_BTNH.shape[-2:]))
 
-    def attend(self, q_BTNH, k_BSNH, v_BSNH, at, other, *, causal=False, in_order=False, bias=None):
+    def attend(self, q_BTNH, k_BSNH, v_BSNH, at, other, *, rules, causal=False, in_order=False, bias=None):
         return api.attention(
             q_BTNH,
             k_BSNH,
@@ -103,6 +106,7 @@ class OpenAttention(Attention):
             scale=self.spec.scale,
             bias=bias,
             backend=self.backend,
+            rules=rules,
         )
 
 

@@ -19,12 +19,12 @@ from jaxtrain.models.balance import auxiliary, join, move_biases
 from jaxtrain.models.cache import Cache
 from jaxtrain.models.decoder_config import REMAT, DecoderConfig, LayerSpec
 from jaxtrain.models.functional import Functional, Model, functionalize, param, stack
-from jaxtrain.models.heads import ScalarHead, lm_logits
+from jaxtrain.models.heads import LazyLogits, ScalarHead, lazy_logits
 from jaxtrain.models.layers import ROWS, dropout, normal
 from jaxtrain.models.moe import MoESpec
 from jaxtrain.models.mtp import MTP, look_ahead
 from jaxtrain.models.rope import rope_tables
-from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules, constrain
+from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules
 from jaxtrain.types import Array, Outputs, Params, Tokens
 
 
@@ -203,11 +203,9 @@ def _forward(
     hidden = parts["final_norm"].call(params["final_norm"], x)
     hidden_BTD = hidden.reshape(*tokens.ids.shape, -1)
 
-    logits = rewards = values = None
+    lm = rewards = values = None
     if "lm" in config.heads:
-        logits = _logits(config, rules, params, hidden)
-        logits = logits.reshape(*tokens.ids.shape, -1)
-        logits = pin(logits, ("batch", "sequence", "act_vocab"))
+        lm = _lazy_logits(config, rules, params, hidden_BTD)
     if "reward" in config.heads:
         rewards = parts["reward_head"].call(params["reward_head"], hidden_BTD)
     if "value" in config.heads:
@@ -223,15 +221,12 @@ def _forward(
                 hidden,
                 tokens,
                 embed=lambda ids: pin(embed(ids).reshape(hidden.shape), (*ROWS[hidden.ndim], "act_embed")),
-                head=lambda x: pin(
-                    _logits(config, rules, params, x).reshape(*tokens.ids.shape, -1),
-                    ("batch", "sequence", "act_vocab"),
-                ),
+                head=lambda x: _lazy_logits(config, rules, params, x.reshape(hidden_BTD.shape)),
                 rng=rng,
                 shared=shared,
             ),
         )
-    return Outputs(hidden=hidden_BTD, logits=logits, rewards=rewards, values=values, cache=cache, auxiliary=extra)
+    return Outputs(hidden=hidden_BTD, lm=lm, rewards=rewards, values=values, cache=cache, auxiliary=extra)
 
 
 def _with_remat(config: DecoderConfig, call: Any) -> Any:
@@ -250,15 +245,17 @@ def _with_remat(config: DecoderConfig, call: Any) -> Any:
     return split
 
 
+def _lazy_logits(config: DecoderConfig, rules: ShardingRules, params: Params, hidden: Array) -> LazyLogits:
+    """What next-token logits of ``hidden [..., D]`` are made of."""
+    own = "lm_head" in params  # also where embeddings are tied, if decoding has made a copy of its own
+    matrix = params["lm_head"]["kernel"] if own else params["embed"]["embedding"]
+    kinds = {"softcap": config.spec().final_softcap, "backend": config.cross_entropy}
+    return lazy_logits(hidden, matrix, table=not own, rules=rules, **kinds)
+
+
 def _logits(config: DecoderConfig, rules: ShardingRules, params: Params, hidden: Array) -> Array:
     """``[..., D] -> float32 [..., V]``."""
-    if "lm_head" in params:  # also where embeddings are tied, if decoding has made a copy of its own
-        logits = lm_logits(hidden, params["lm_head"]["kernel"], transpose=False)
-    else:
-        table = params["embed"]["embedding"].astype(config.compute_dtype)
-        logits = lm_logits(hidden, constrain(table, ("vocab", "act_embed"), rules), transpose=True)
-    softcap = config.spec().final_softcap
-    return softcap * jnp.tanh(logits / softcap) if softcap else logits
+    return _lazy_logits(config, rules, params, hidden).dense()
 
 
 def _period(layers: tuple[LayerSpec, ...]) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxtrain.kernels.attention.api import BACKENDS
+from jaxtrain.kernels.cross_entropy import api as cross_entropy
 from jaxtrain.models.attention import AttentionSpec
 from jaxtrain.models.balance import BalanceSpec
 from jaxtrain.models.layers import MLPSpec, NormSpec
@@ -69,6 +70,7 @@ class DecoderConfig:
     of "lm", "reward" and "value".  dropout: on the embedding and both residual branches, in training only.
     remat: "none" keeps every activation for the backward pass, "dots" the matrix products, "full" only each
     layer's input.  scan_unroll: layers compiled in line per loop turn; more is faster to run, slower to compile.
+    attention, cross_entropy: backends, see ``api.py`` of each in ``kernels``.
     """
 
     vocab_size: int
@@ -89,6 +91,7 @@ class DecoderConfig:
     remat: str = "none"
     scan_unroll: int = 1
     attention: str = "auto"
+    cross_entropy: str = "auto"
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
 
@@ -114,6 +117,8 @@ class DecoderConfig:
             raise ValueError(f"remat={self.remat!r}; one of {tuple(REMAT)}")
         if self.attention not in BACKENDS:
             raise ValueError(f"attention={self.attention!r}; one of {BACKENDS}")
+        if self.cross_entropy not in cross_entropy.BACKENDS:
+            raise ValueError(f"cross_entropy={self.cross_entropy!r}; one of {cross_entropy.BACKENDS}")
         for name in ("compute_dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"{name}={getattr(self, name)!r}; 'float32' or 'bfloat16'")

@@ -19,8 +19,9 @@ from jaxtrain.models.attention import AttentionSpec
 from jaxtrain.models.blocks import Block, BlockSpec, check_config, check_rows, gathered, place, rows_of, run_blocks
 from jaxtrain.models.encoder_heads import Discriminator, Labels, MLMHead, Pooler, Table
 from jaxtrain.models.functional import Functional, Model, functionalize, stack
+from jaxtrain.models.heads import lazy_logits
 from jaxtrain.models.layers import ACTIVATIONS, ROWS, Linear, MLPSpec, NormSpec, dropout
-from jaxtrain.sharding import DEFAULT_RULES, ShardingRules, constrain
+from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules
 from jaxtrain.types import Array, Outputs, Params, Tokens
 
 
@@ -169,7 +170,7 @@ def _forward(
     if cache is not None:
         raise ValueError("an encoder has no cache: every token sees those that follow, so it reads whole texts")
     check_rows(config, tokens)
-    pin = partial(constrain, rules=rules)
+    pin = Constrain(rules)
 
     def call(name, *args, **kwargs):
         return parts[name].call(params[name], *args, **kwargs)
@@ -198,8 +199,8 @@ def _forward(
 
     found = {"hidden": full(hidden)}
     if "mlm" in config.heads:
-        logits_BTV = full(call("mlm", hidden, embedding))
-        found["logits"] = pin(logits_BTV, ("batch", "sequence", "act_vocab"))
+        matrix, bias = params["embed"]["embedding"], params["mlm"]["bias"]
+        found["lm"] = lazy_logits(full(call("mlm", hidden)), matrix, bias=bias, table=True, rules=rules)
     if "pooler" in parts:
         pooled = call("pooler", hidden)
         found["pooled"] = full(pooled)

@@ -13,7 +13,6 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.models.functional import param
-from jaxtrain.models.heads import lm_logits
 from jaxtrain.models.layers import ACTIVATIONS, Linear, NormSpec, normal
 from jaxtrain.types import Array
 
@@ -46,7 +45,7 @@ def dense(config: Any, rngs: nnx.Rngs, outputs: int, names: tuple[str, str] = ("
 
 
 class MLMHead(nnx.Module):
-    """``norm(act(dense(h)))``, then the product with the embeddings and a bias (BERT, 1810.04805)."""
+    """``norm(act(dense(h)))``, which the product with the embeddings and a bias follow (BERT, 1810.04805)."""
 
     def __init__(self, config: Any, rngs: nnx.Rngs, *, width: int, activation: str, norm: NormSpec):
         self.dense = dense(config, rngs, width)
@@ -54,10 +53,9 @@ class MLMHead(nnx.Module):
         self.bias = param(jnp.zeros((config.vocab_size,), config.param_dtype), "vocab")
         self.activation = activation
 
-    def __call__(self, hidden: Array, embedding_VE: Array) -> Array:
-        """``[..., D] -> float32 [..., V]``."""
-        features = self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
-        return lm_logits(features, embedding_VE, transpose=True) + self.bias[...].astype(jnp.float32)
+    def __call__(self, hidden: Array) -> Array:
+        """``[..., D] -> [..., E]``."""
+        return self.norm(ACTIVATIONS[self.activation](self.dense(hidden)))
 
 
 class Pooler(nnx.Module):

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtrain.kernels.cross_entropy import reference
+from jaxtrain.kernels.cross_entropy.api import cross_entropy, dense_logits
+from jaxtrain.kernels.cross_entropy.reference import Scores
 from jaxtrain.models.functional import param
+from jaxtrain.models.int8 import Int8
 from jaxtrain.models.layers import contract, normal
+from jaxtrain.sharding import DEFAULT_RULES, ShardingRules, constrain
 from jaxtrain.types import Array
 
 
@@ -27,10 +35,50 @@ class ScalarHead(nnx.Module):
         return jnp.einsum("btd,do->bto", hidden_BTD.astype(jnp.float32), kernel)[..., 0]
 
 
-def lm_logits(hidden: Array, kernel: Array, *, transpose: bool) -> Array:
-    """``[..., D] -> float32 [..., V]``, with float32 accumulation.
+@partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["hidden", "matrix", "bias"],
+    meta_fields=["table", "softcap", "backend", "rules"],
+)
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LazyLogits:
+    """Next-token logits that nobody has computed yet: of all positions they are the largest array of a training step.
 
-    kernel: ``[D, V]``, or with ``transpose`` a table ``[V, D]``.
+    hidden: ``[..., D]`` in the compute dtype, rows and positions (or rows) first.
+    matrix: a ``table`` ``[V, D]``, or ``[D, V]``, as it stands among the parameters.  bias: ``[V]`` or None.
+    softcap: logits become ``softcap * tanh(logits / softcap)``; 0: unchanged.
+    backend: of ``kernels.cross_entropy.api``.
     """
-    kernel = kernel.astype(hidden.dtype)
-    return contract(hidden, kernel.T if transpose else kernel, preferred_element_type=jnp.float32)
+
+    hidden: Array
+    matrix: Array
+    bias: Array | None = None
+    table: bool
+    softcap: float = 0.0
+    backend: str = "auto"
+    rules: ShardingRules = DEFAULT_RULES
+
+    def score(self, targets: Array, *, temperature: float = 1.0, entropy: bool = False, mean: bool = False) -> Scores:
+        """Log-probabilities of ``targets`` and what else is asked for, see ``Scores``."""
+        asked = {"temperature": temperature, "entropy": entropy, "mean": mean}
+        if isinstance(self.matrix, Int8):
+            return reference.scores(self.dense(), targets, **asked)
+        return cross_entropy(self.hidden, self.matrix, targets, **self._how(), **asked, backend=self.backend)
+
+    def dense(self) -> Array:
+        """``[..., V]`` in float32: for generation and comparisons."""
+        if isinstance(self.matrix, Int8):
+            assert not self.table and self.bias is None
+            logits = contract(self.hidden, self.matrix, preferred_element_type=jnp.float32)
+            return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+        return dense_logits(self.hidden, self.matrix, **self._how())
+
+    def _how(self) -> dict[str, Any]:
+        return {"bias": self.bias, "table": self.table, "softcap": self.softcap, "rules": self.rules}
+
+
+def lazy_logits(hidden: Array, matrix: Array, *, table: bool, rules: ShardingRules, **kwargs: Any) -> LazyLogits:
+    """``LazyLogits`` whose matrix is pinned to where its parameter is, so that logits computed later are split too."""
+    if not isinstance(matrix, Int8):
+        matrix = constrain(matrix, ("vocab", "embed") if table else ("embed", "vocab"), rules)
+    return LazyLogits(hidden=hidden, matrix=matrix, table=table, rules=rules, **kwargs)

@@ -128,10 +128,12 @@ class LatentAttention(nnx.Module):
                     for name, k in zip(("latent", "rope_key"), keys, strict=True)
                 )
                 held = tuple(jnp.concatenate(pair, axis=1) for pair in ((held_BS, positions), (seen_BS, segments)))
-        out_BTNV = self.attend(plain_BTNP, turned_BTNR, *keys, positions, segments, *held)
+        out_BTNV = self.attend(plain_BTNP, turned_BTNR, *keys, positions, segments, *held, constrain.rules)
         return self.out(out_BTNV.reshape(*x.shape[:-1], *out_BTNV.shape[-2:])), entry
 
-    def attend(self, plain_BTNP, turned_BTNR, latent_BSC, rope_BSR, positions, segments, k_positions, k_segments):
+    def attend(
+        self, plain_BTNP, turned_BTNR, latent_BSC, rope_BSR, positions, segments, k_positions, k_segments, rules
+    ):
         """With keys and values of every head, ``[B, T, N, V]``."""
         spec = self.spec
         plain_BSNP, v_BSNV = jnp.split(self.expand(latent_BSC), (spec.plain_dim,), axis=-1)
@@ -147,6 +149,7 @@ class LatentAttention(nnx.Module):
             in_order=latent_BSC.shape[1] == plain_BTNP.shape[1],
             scale=spec.scale,
             backend=self.backend,
+            rules=rules,
         )
 
     def decode(self, plain_BNP: Array, turned_BNR: Array, entry: Entry, segments: Array, lengths: Array) -> Array:

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxtrain.models.heads import LazyLogits
 from jaxtrain.models.layers import Linear, NormSpec
 from jaxtrain.types import Array, Auxiliary, Params, Sum, Tokens
 
@@ -77,14 +78,14 @@ def look_ahead(
     tokens: Tokens,
     *,
     embed: Callable[[Array], Array],
-    head: Callable[[Array], Array],
+    head: Callable[[Array], LazyLogits],
     rng: Array | None,
     shared: dict[str, Any],
 ) -> Auxiliary:
     """The losses of predicting what stands 2, 3, … tokens after each token, weighted as the data weighs that token.
 
     call: ``MTP`` as a function.  params: stacked over steps.  hidden: ``[B * T, D]`` or ``[B, T, D]``.
-    embed: ids ``[B, T]`` -> what the layers read.  head: hidden states -> float32 logits ``[B, T, V]``.
+    embed: ids ``[B, T]`` -> what the layers read.  head: hidden states -> what logits ``[B, T, V]`` are made of.
     Metrics: mtp/nll and mtp/accuracy, over all steps.
     """
     losses, found, counts = {}, [], []
@@ -96,16 +97,8 @@ def look_ahead(
         hidden, said = call(layer, hidden, embed(later.ids), key, kwargs)
         counts.append(None if said is None else jax.lax.stop_gradient(said["counts"]))
 
-        def read(hidden, later=later):
-            logits = head(hidden)
-            chosen = jnp.take_along_axis(logits, later.targets[..., None], axis=-1)[..., 0]
-            nll = jax.nn.logsumexp(logits, axis=-1) - chosen
-            right = (chosen >= jnp.max(logits, axis=-1)).astype(jnp.float32)
-            kept = later.weights != 0
-            return tuple(jnp.sum(jnp.where(kept, later.weights * value, 0.0)) for value in (nll, right))
-
-        # Logits again in the backward pass: a second array of the size of the vocabulary is not worth its place.
-        nll, right = jax.checkpoint(read)(hidden)
+        scores, kept = head(hidden).score(later.targets), later.weights != 0
+        nll, right = (jnp.sum(jnp.where(kept, later.weights * value, 0.0)) for value in (-scores.logps, scores.correct))
         weight = jax.lax.stop_gradient(jnp.sum(later.weights.astype(jnp.float32)))
         losses[f"mtp/{step}"] = Sum(spec.coefficient / spec.depth * nll, weight)
         found.append((nll, right, weight))

@@ -78,7 +78,8 @@ class LongRopeAttention(Attention):
         spec = self.spec
         q_BTNH, k_BTKH, v_BTKH = self.heads(x, None, positions.shape)
         q_BTNH = constrain(q_BTNH, ("batch", "sequence", "act_heads", None))
-        kinds = dict(window=spec.window, backend=self.backend, scale=spec.scale, softcap=spec.softcap)
+        kinds = dict(window=spec.window, scale=spec.scale, softcap=spec.softcap)
+        kinds |= dict(backend=self.backend, rules=constrain.rules)
         if cache is None:
             long_BT = text_lengths(positions, segments) > spec.rope.original_max_positions
             tables = rope_tables(spec.rope, positions, spec.head_dim, long_BT=long_BT)

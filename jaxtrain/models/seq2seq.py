@@ -26,11 +26,11 @@ from jaxtrain.models.blocks import (
 )
 from jaxtrain.models.encoder_heads import Bias, Matrix, Table
 from jaxtrain.models.functional import Functional, Model, functionalize, stack
-from jaxtrain.models.heads import lm_logits
+from jaxtrain.models.heads import lazy_logits
 from jaxtrain.models.layers import ACTIVATIONS, ROWS, MLPSpec, NormSpec, dropout
 from jaxtrain.models.relative import Relative
 from jaxtrain.models.seq2seq_cache import Seq2SeqCache
-from jaxtrain.sharding import DEFAULT_RULES, ShardingRules, constrain
+from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules
 from jaxtrain.types import Array, Outputs, Params, Seq2Seq, Tokens
 
 
@@ -252,7 +252,7 @@ def _forward(
     rng: Array | None = None,
 ) -> Outputs:
     spec = config.spec()
-    pin = partial(constrain, rules=rules)
+    pin = Constrain(rules)
     embedding = gathered(params["embed"]["embedding"], config, "vocab", pin)
     encoder_rng, decoder_rng = (None, None) if rng is None or not config.dropout else jax.random.split(rng)
     if tokens.encoder is None and (cache is None or cache.segments is None):
@@ -285,14 +285,13 @@ def _forward(
     else:
         hidden, cache = decoder.run_cached(tokens.decoder, cache, **across)
 
-    logits = None
-    if "lm" in config.heads:
-        read = hidden * jnp.asarray(spec.output_scale, hidden.dtype)
-        own = "lm_head" in parts
-        logits = lm_logits(read, params["lm_head"]["kernel"] if own else embedding, transpose=not own)
-        if spec.logits_bias:
-            # A constant of the model, which is not trained (BART's buffer).
-            logits = logits + jax.lax.stop_gradient(params["logits_bias"]["bias"]).astype(jnp.float32)
-        logits = pin(logits.reshape(*tokens.decoder.ids.shape, -1), ("batch", "sequence", "act_vocab"))
     hidden_BTD = hidden.reshape(*tokens.decoder.ids.shape, -1)
-    return Outputs(hidden=hidden_BTD, logits=logits, cache=cache, encoded=encoded)
+    lm = None
+    if "lm" in config.heads:
+        read_BTD = hidden_BTD * jnp.asarray(spec.output_scale, hidden.dtype)
+        own = "lm_head" in parts
+        matrix = params["lm_head"]["kernel"] if own else params["embed"]["embedding"]
+        # A constant of the model, which is not trained (BART's buffer).
+        bias = jax.lax.stop_gradient(params["logits_bias"]["bias"]) if spec.logits_bias else None
+        lm = lazy_logits(read_BTD, matrix, bias=bias, table=not own, rules=rules)
+    return Outputs(hidden=hidden_BTD, lm=lm, cache=cache, encoded=encoded)

@@ -5,45 +5,44 @@ Arrays are float32 (float64 where given float64); B rows, T token positions, V v
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.kernels.cross_entropy import reference
+from jaxtrain.kernels.cross_entropy.reference import Scores, at_least_float32
+from jaxtrain.models.heads import LazyLogits
 from jaxtrain.types import Array, Outputs, Sum, Tokens
 
 KL_ESTIMATORS = ("k1", "k2", "k3")
 
 
-def at_least_float32(x: Array) -> Array:
-    """bfloat16 and integers become float32 (a score of 0.7 must not meet an integer array); float64 stays."""
-    x = jnp.asarray(x)
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def token_logps(logits: Array, targets: Array, temperature: float = 1.0) -> Array:
-    """``log softmax(logits / temperature)[targets]``: the one log-probability function of the project.
+def score(
+    lm: LazyLogits | Array, targets: Array, *, temperature: float = 1.0, entropy: bool = False, mean: bool = False
+) -> Scores:
+    """All that objectives read of next-token distributions: the one such function of the project.
 
     Policy, old policy, reference and scoring all call it, so that their differences carry no change of
     code, precision or temperature.
 
     Args:
-        logits: ``[..., V]``, any float type; the softmax is taken in float32 (float64 for float64).
+        lm: ``Outputs.lm``: ``LazyLogits``, of which a part at a time is computed, or logits ``[..., V]`` of any
+            float type; the softmax is taken in float32 (float64 for float64).
         targets: int ``[...]``, each in ``[0, V)``.
         temperature: positive; divides the logits.
+        entropy, mean: whether ``Scores.entropy`` and ``Scores.mean_logps`` are wanted.
 
-    Returns: ``[...]``.
+    Returns: ``Scores``, each ``[...]``; differentiable.
     """
-    logits = at_least_float32(logits) / temperature
-    chosen = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
+    if isinstance(lm, LazyLogits):
+        return lm.score(targets, temperature=temperature, entropy=entropy, mean=mean)
+    return reference.scores(lm, targets, temperature=temperature, entropy=entropy, mean=mean)
 
 
-def entropy(logits: Array, temperature: float = 1.0) -> Array:
-    """Entropy in nats of ``softmax(logits / temperature)``, differentiable.  ``[..., V] -> [...]``."""
-    logps = jax.nn.log_softmax(at_least_float32(logits) / temperature, axis=-1)
-    # A logit of -inf is a token that cannot occur: 0 · -inf counts as 0, and so does its gradient.
-    possible = ~jnp.isneginf(logps)
-    finite = jnp.where(possible, logps, 0.0)
-    return -jnp.sum(jnp.where(possible, jnp.exp(finite) * finite, 0.0), axis=-1)
+def token_logps(lm: LazyLogits | Array, targets: Array, temperature: float = 1.0) -> Array:
+    """``log softmax(logits / temperature)[targets]``, ``[...]``; arguments as for :func:`score`."""
+    return score(lm, targets, temperature=temperature).logps
 
 
 def weighted_total(values: Array, weights: Array, axis: int | None = None) -> Array:
@@ -158,11 +157,11 @@ def kl_loss(
     return jax.lax.stop_gradient(number - slope) + slope
 
 
-def head(outputs: Outputs, name: str, objective: str) -> Array:
+def head(outputs: Outputs, name: str, objective: str) -> Any:
     """``outputs.<name>``.  Raises ValueError where the model was built without that head."""
     found = getattr(outputs, name)
     if found is None:
-        kind = {"logits": "lm", "rewards": "reward", "values": "value"}[name]
+        kind = {"lm": "lm", "logits": "lm", "rewards": "reward", "values": "value"}[name]
         raise ValueError(
             f"{objective} reads Outputs.{name}, but the model has no {kind!r} head: add {kind!r} to the model's heads"
         )

@@ -160,6 +160,6 @@ def add_reference(apply: Apply, params: Params, batch: Pairs) -> Pairs:
 def pair_logps(apply: Apply, params: Params, batch: Pairs) -> tuple[tuple[Array, Array], tuple[Array, Array]]:
     """The completions' summed log-probabilities, and their numbers of tokens; (chosen, rejected), ``[B]``."""
     rows = interleave(batch.chosen, batch.rejected)
-    logits = head(apply(params, rows), "logits", "DPO")
-    logps, lengths = sequence_logps(token_logps(logits, rows.targets), rows.weights)
+    lm = head(apply(params, rows), "lm", "DPO")
+    logps, lengths = sequence_logps(token_logps(lm, rows.targets), rows.weights)
     return deinterleave(logps), deinterleave(lengths)

@@ -13,11 +13,10 @@ from jaxtrain.objectives.common import (
     bounded_exp,
     check_choice,
     check_range,
-    entropy,
     head,
     kl_estimate,
     kl_loss,
-    token_logps,
+    score,
     weighted_sum,
     weighted_total,
 )
@@ -84,19 +83,19 @@ class PPOPolicy:
         return self.from_outputs(apply(params, batch.tokens), batch)
 
     def from_outputs(self, outputs: Outputs, batch: Rollout) -> Loss:
-        logits = head(outputs, "logits", type(self).__name__)
+        lm = head(outputs, "lm", type(self).__name__)
         weights = at_least_float32(batch.tokens.weights)
         batch = jax.lax.stop_gradient(batch)
-        logps = token_logps(logits, batch.tokens.targets, self.temperature)
+        scores = score(lm, batch.tokens.targets, temperature=self.temperature, entropy=True)
+        logps = scores.logps
         # What padding holds is arbitrary: nothing of it may enter exp().
         log_ratio = jnp.where(weights != 0, logps - batch.old_logps, 0.0)
         reference_logps = jnp.where(weights != 0, batch.reference_logps, logps)
         ratio = bounded_exp(log_ratio, MAX_LOG_RATIO)
         losses, clipped = clipped_policy_loss(ratio, batch.advantages, self.clip_low, self.clip_high, self.dual_clip)
         total = weighted_total(losses, weights)
-        entropies = entropy(logits, self.temperature)
         if self.entropy_coef:
-            total = total - self.entropy_coef * weighted_total(entropies, weights)
+            total = total - self.entropy_coef * weighted_total(scores.entropy, weights)
         if self.kl_coef:
             kl = kl_loss(
                 logps,
@@ -111,7 +110,7 @@ class PPOPolicy:
             "loss/policy_avg": losses,
             "policy/approxkl_avg": 0.5 * log_ratio**2,
             "policy/clipfrac_avg": clipped,
-            "policy/entropy_avg": entropies,
+            "policy/entropy_avg": scores.entropy,
             "val/ratio": ratio,
             "objective/kl": kl_estimate(logps, reference_logps, self.kl_estimator),
         }

@@ -10,12 +10,13 @@ import jax.numpy as jnp
 from jaxtrain.objectives.common import (
     at_least_float32,
     check_choice,
+    check_range,
     head,
-    token_logps,
+    score,
     weighted_sum,
     weighted_total,
 )
-from jaxtrain.objectives.lm import correct
+from jaxtrain.objectives.lm import smoothed_nll
 from jaxtrain.types import Apply, Array, Loss, Params, Tokens
 
 
@@ -29,30 +30,35 @@ class SFT:
         alike however long.  A sequence is a segment of a row, so packing changes nothing; one without a
         trained token does not count.  ``Loss.weight`` is then the number of sequences.
 
+    label_smoothing: ε in [0, 1): −log p[target] becomes −(1−ε) log p[target] − ε Σ_v log p_v / V, as in ``LM``.
+
     Dropout is on where an ``rng`` is given and the model has any.
 
-    Metrics, token-weighted under either reduction: ``loss`` (NLL), ``accuracy``.
+    Metrics, token-weighted under either reduction: ``loss`` (−log p[target] alone), ``accuracy``.
 
     Source: InstructGPT (arXiv 2203.02155, section 3.5).
     """
 
     reduction: str = "token"
+    label_smoothing: float = 0.0
 
     def __post_init__(self):
+        check_range(self, "label_smoothing", 0.0, 1.0)
         check_choice(self, "reduction", ("token", "sequence"))
 
     def __call__(self, apply: Apply, params: Params, batch: Tokens, rng: Array | None) -> Loss:
-        logits = head(apply(params, batch, rng=rng), "logits", type(self).__name__)
-        nll = -token_logps(logits, batch.targets)
+        lm = head(apply(params, batch, rng=rng), "lm", type(self).__name__)
+        scores = score(lm, batch.targets, mean=self.label_smoothing > 0)
         weights = at_least_float32(batch.weights)
         count = jnp.sum(weights)
         if self.reduction == "sequence":
             weights, count = per_sequence(weights, batch.segments)
         metrics = {
-            "loss": weighted_sum(nll, batch.weights),
-            "accuracy": weighted_sum(correct(logits, batch.targets), batch.weights),
+            "loss": weighted_sum(-scores.logps, batch.weights),
+            "accuracy": weighted_sum(scores.correct, batch.weights),
         }
-        return Loss(total=weighted_total(nll, weights), weight=jax.lax.stop_gradient(count), metrics=metrics)
+        losses = smoothed_nll(scores, self.label_smoothing)
+        return Loss(total=weighted_total(losses, weights), weight=jax.lax.stop_gradient(count), metrics=metrics)
 
 
 def per_sequence(weights: Array, segments: Array) -> tuple[Array, Array]:

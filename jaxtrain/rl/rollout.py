@@ -144,8 +144,8 @@ def completion_tokens(prompts: PromptBatch, generated: Generated) -> Tokens:
 def _score(apply, temperature: float, params: Params, tokens: Tokens) -> tuple[Array | None, Array | None]:
     outputs = apply(params, tokens)
     logps = None
-    if outputs.logits is not None:
-        logps = token_logps(outputs.logits, tokens.targets, temperature) * tokens.weights
+    if outputs.lm is not None:
+        logps = token_logps(outputs.lm, tokens.targets, temperature) * tokens.weights
     return logps, outputs.values
 
 

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.kernels.attention import blocked, cudnn, gpu, on_mesh, reference, tpu, tpu_decode
-from jaxtrain.kernels.attention.flash import flash
 from jaxtrain.kernels.attention.masks import Marks, Spec, make_marks, visible, visible_share
 from jaxtrain.kernels.target import target
 from jaxtrain.sharding import DEFAULT_RULES, ShardingRules
@@ -61,9 +60,9 @@ def attention(
     in_order: promises that keys and queries are the same tokens, in the order of their positions within each segment,
         so that under ``causal`` no query sees a key that stands after it; work that this rules out may be left undone.
     scale: multiplies the logits; ``H ** -0.5`` by default.
-    backend: one of ``BACKENDS``; "auto" is the best that runs on the devices of the current mesh: the kernels in ``tpu``
-        or ``gpu``, which on another platform are interpreted; elsewhere "blocked" for long rows, whose memory is linear in
-        the length, and "xla" for short ones.  "cudnn" is NVIDIA's, for what it can do.
+    backend: one of ``BACKENDS``; "auto" is the best that runs on the devices of the current mesh: the kernels in
+        ``tpu`` or ``gpu``, which on a CPU are interpreted; elsewhere "blocked" for long rows, whose memory is linear
+        in the length, and "xla" for short ones.  "cudnn" is NVIDIA's, for what it can do.
     tiles: queries and keys of a tile, in place of the backend's own choice.
     rules: which mesh axes split rows ("batch"), heads ("act_heads") and the sequence ("sequence").
     across: how a sequence that is split over devices is attended to, by all backends but "xla": one of
@@ -133,8 +132,8 @@ def _choose(backend: str, spec: Spec, q_BNTH, k_BKSH, v_BKSV, bias, lse: bool, r
         other = "xla" if bias is not None else "blocked"
         _say_once(f"attention falls back from {own!r} to {other!r}: {reason}")
         return other
-    # Blocks skip what the mask hides, which on a CPU pays from about 1,024 keys; the compiler does not know how to split
-    # a sequence's attention, and would gather all logits.
+    # Blocks skip what the mask hides, which on a CPU pays from about 1,024 keys; the compiler does not know how to
+    # split a sequence's attention, and would gather all logits.
     wanted = k_BKSH.shape[2] >= 1024 or on_mesh.splits_sequence(rules)
     return "blocked" if backend == "auto" and wanted and bias is None else "xla"
 

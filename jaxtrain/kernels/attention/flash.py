@@ -14,8 +14,8 @@ FlashAttention-2 (2307.08691), equations in section 3: with P = exp(cap(s) - lse
     delta_t = sum_v d_out[t, v] out[t, v] - d_lse[t],    dS = P * (dP - delta) * cap'(s),
     dq = scale dS k,    dk = scale dS^T q,    dv = P^T d_out.
 
-Since ``lse`` and ``delta`` are of the whole softmax, ``backward`` may be called on any part of the keys, and the dq of the
-parts add up: that is all that attention over a ring of devices needs (2310.01889).
+Since ``lse`` and ``delta`` are of the whole softmax, ``backward`` may be called on any part of the keys, and the dq of
+the parts add up: that is all that attention over a ring of devices needs (2310.01889).
 """
 
 from __future__ import annotations

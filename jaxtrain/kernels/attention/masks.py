@@ -34,8 +34,9 @@ class Marks:
 class Spec:
     """What a backend knows while it is traced.
 
-    scale: multiplies the logits.  softcap: logits become ``softcap * tanh(logits / softcap)`` (2408.00118); 0: unchanged.
-    low, high: whether ``q_low`` and ``q_high`` hide anything of a query's own segment; a bound that does not is not read.
+    scale: multiplies the logits.
+    softcap: logits become ``softcap * tanh(logits / softcap)`` (2408.00118); 0: unchanged.
+    low, high: whether ``q_low`` and ``q_high`` hide anything of a query's own segment; one that does not is not read.
     in_order: no query sees a key that stands after it (at a larger index); only for T = S.
     share: of all ``T x S`` pairs, how many the mask leaves where there is but one segment; for estimates of cost.
     tiles: queries and keys of a tile, for backends that have such; None: what their own table says.

@@ -61,7 +61,8 @@ def attend(
     q_BNTH = _pad(q_BNTH, {0: rows, 2: chunks}, {1: heads - N})
     k_BKSH, v_BKSV = (_pad(x, {0: rows, 2: chunks}, {1: k_heads - x.shape[1]}) for x in (k_BKSH, v_BKSV))
     marks = jax.tree.map(lambda x: _pad(x, {0: rows, 1: chunks}), marks)
-    spec = spec if q_BNTH.shape[2] == T else dataclasses.replace(spec, in_order=False)
+    # What it promises is only read where there are as many keys as queries, which padding may bring about.
+    spec = dataclasses.replace(spec, in_order=spec.in_order and T == S)
     out_BNTV, lse_BNT = flash(OnMesh(backend, layout), spec, q_BNTH, k_BKSH, v_BKSV, marks)
     return out_BNTV[:B, :N, :T], lse_BNT[:B, :N, :T]
 

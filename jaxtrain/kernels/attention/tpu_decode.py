@@ -1,6 +1,7 @@
 """Attention of one query a row over a long cache, on a TPU: every key and value that may be seen is read once.
 
-Letters: B rows, K key heads, G queries a key head, S cache slots, H size of queries and keys, V of values, R queries after
+Letters: B rows, K key heads, G queries a key head, S cache slots, H size of queries and keys, V of values, R queries
+after
 padding to whole registers.
 """
 

@@ -1,10 +1,10 @@
 """The three kernels of flash attention on a TPU: forward, dq, and dk with dv.
 
-All hold one block (of queries in the first two, of keys in the third) and loop over the tiles it makes with blocks of the
-other side.  Tiles of logits stand so that what is held runs along the lanes: reductions and statistics of the softmax
-are then one row of lanes, not a column of them (in which every number takes a vector register's 128 lanes), and the
-product that adds up the result has the tile itself in the matrix unit, whose 256 x 256 cells a head of 128 would half
-fill.
+All hold one block (of queries in the first two, of keys in the third) and loop over the tiles it makes with blocks of
+the other side.  Tiles of logits have keys along the sublanes and queries along the lanes: reductions over keys and
+statistics of the softmax are then one row of lanes, not a column of them (in which every number takes a vector
+register's 128 lanes), and o^T and dq^T are products that have the tile itself in the matrix unit, whose 256 x 256 cells
+on newer chips a head of 128 would half fill.
 
 Letters: H size of queries and keys, V of values, Q queries and K keys of a tile.
 """
@@ -14,7 +14,6 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -32,7 +31,7 @@ LANES = 128
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """Tiles: queries and keys of one, and how many of them a chunk of the looped side has, which is in VMEM at a time."""
+    """Queries and keys of a tile, and how many tiles a chunk of the looped side has, which is in VMEM at a time."""
 
     queries: int
     keys: int
