@@ -4,8 +4,8 @@ All of 5 chips, 3 head sizes and 4 lengths are 60 programs, forward and backward
 
     JAXTRAIN_COMPILE_ALL=1 pytest tests/kernels/test_attention_tpu_compile.py
 
-Otherwise each chip compiles at a short length, where one kernel computes all gradients, and at the longest, where there
-are two, with each head size in turn.  The length enters the kernels only so, and as a number of blocks.
+Otherwise each chip compiles at a short length, where one kernel computes all gradients, and at the longest, where
+there are two, with each head size in turn.  The length enters the kernels only so, and as a number of blocks.
 What this leaves out is running them.
 """
 
