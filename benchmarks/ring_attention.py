@@ -1,6 +1,6 @@
 """What ring attention sends over the interconnect, read from the program that the TPU compiler schedules.
 
-    python benchmarks/ring_attention.py [--context 8] [--tokens 8192] [--backend blocked] [--json FILE]
+    python benchmarks/ring_attention.py [--context 8] [--tokens 8192] [--backend tpu] [--json FILE]
 
 Compiles one layer's attention, forward and backward, for a v5p 4x4x4 slice, which takes libtpu (pip install 'jax[tpu]')
 and no TPU.  Prints every collective-permute of one pass over the ring: how often it runs, its bytes, whether it is
@@ -148,7 +148,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv_heads", type=int, default=8)
     parser.add_argument("--head_dim", type=int, default=128)
-    parser.add_argument("--backend", default="blocked", help="whose kernels the ring calls")
+    parser.add_argument("--backend", default="tpu", help="whose kernels the ring calls")
     parser.add_argument("--json", type=Path, help="a file to write the rows to, as a list")
     args = parser.parse_args()
     if args.context < 3:
