@@ -93,7 +93,13 @@ def compiled(peer: str, chip: str, H: int, tile: tuple[int, int], dumps: Path) -
         (fresh / "fused.json").write_text(done.stdout)
         fresh.rename(folder)
         print(f"# compiled {peer}, head size {H}, for {chip}", file=sys.stderr)
-    found = read_kernels(folder)
+    try:
+        found = read_kernels(folder, chip)
+    except ValueError as error:
+        if peer == "ours":
+            raise
+        print(f"# {peer}, head size {H}, for {chip} cannot be read: {error}", file=sys.stderr)
+        return Compiled()
     kernels = {name: kernel for name, part in PEERS[peer].items() for key, kernel in found.items() if part in key}
     return Compiled(kernels, tuple(json.loads((folder / "fused.json").read_text())))
 

@@ -3,7 +3,8 @@
 A TPU core issues one bundle of instructions a cycle, in the order in which the compiler has put them, so that bundles
 counted along the way that a program takes are cycles, less what it waits for memory.  Which way it takes is in the
 branches: each names a region of the program, and comments in the text say where regions start.  A branch forward is an
-``if`` around what it jumps over, a branch back is a loop; both take effect after the four bundles that follow them.
+``if`` around what it jumps over, a branch back is a loop; both take effect after some bundles that follow them, which
+may be the first of the loop that an ``if`` guards.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from pathlib import Path
 
 UNITS = ("MXU", "XLU", "VALU", "VPOP", "EUP", "VLOAD", "FILL", "VSTORE", "SPILL", "SALU")
 MXU, FILL, SPILL = UNITS.index("MXU"), UNITS.index("FILL"), UNITS.index("SPILL")
-DELAY_SLOTS = 4
+# chip -> bundles after a branch before it takes effect, as the compiler's own labels show where inner loops end.
+DELAY_SLOTS = {"v4": 1, "v5e": 4, "v5p": 4, "v6e": 4, "tpu7x": 6}
 
 
 @dataclasses.dataclass(eq=False)
@@ -89,9 +91,9 @@ class Kernel:
         return sum(self.used[at][SPILL] + self.used[at][FILL] for at in stretch.own())
 
 
-def read_program(text: str) -> Stretch:
+def read_program(text: str, chip: str) -> Stretch:
     """The tree of ``if`` and loop in the text of one kernel's bundles; ValueError if its branches are not nested."""
-    at, regions, branches = -1, {}, []
+    at, regions, branches, delay = -1, {}, [], DELAY_SLOTS[chip]
     for line in text.splitlines():
         if found := re.match(r"\s*(0x[0-9a-f]+|0)\s*(?:[A-Z]{2})?\s*:", line):
             at = int(found[1], 16)
@@ -101,13 +103,18 @@ def read_program(text: str) -> Stretch:
         branches += [(at, *found) for found in re.findall(r"sbr\.\w+ (\(!?%\w+\) )?target = \$region(\d+)", line)]
     stretches = []
     for branch, predicate, region in branches:
-        after, target = branch + DELAY_SLOTS + 1, regions[region]
+        # What has no start is the end of the program.
+        after, target = branch + delay + 1, regions.get(region, at + 1)
         if not predicate:
             raise ValueError(f"an unconditional branch at {branch:#x}: this reader knows only if and loop")
         if target > branch:
             stretches.append(Stretch("if", after, max(after, target)))
         else:
             stretches.append(Stretch("loop", target, after))
+    for guard in stretches:
+        for loop in stretches:
+            if (guard.kind, loop.kind) == ("if", "loop") and loop.start < guard.start < loop.end <= guard.end:
+                guard.start = max(loop.start, guard.start - delay)
     root = Stretch("kernel", 0, at + 1)
     around = [root]
     # Of two that cover the same bundles the ``if`` is the outer: it guards the loop.
@@ -128,7 +135,7 @@ def read_use(text: str) -> tuple[tuple[int, ...], list[tuple[int, ...]]]:
     return capacity, used
 
 
-def read_kernels(folder: Path) -> dict[str, Kernel]:
+def read_kernels(folder: Path, chip: str) -> dict[str, Kernel]:
     """name -> kernel, of everything in a folder of dumps that feeds a matrix unit."""
     kernels = {}
     for path in sorted(folder.glob("*final_hlo-static-per-bundle-utilization.txt")):
@@ -138,7 +145,7 @@ def read_kernels(folder: Path) -> dict[str, Kernel]:
             continue
         for bundles in folder.iterdir():
             if re.fullmatch(re.escape(stem) + r"\d+-final_bundles\.txt", bundles.name):
-                program = read_program(bundles.read_text())
+                program = read_program(bundles.read_text(), chip)
         if program.end != len(used):
             raise ValueError(f"{name}: {program.end} bundles, but the use of {len(used)}")
         kernels[name] = Kernel(name, capacity, used, program)

@@ -161,24 +161,27 @@ def attend_cached(
     bias: (positions of queries ``[B, T]``, of keys ``[B, S]``) -> ``[B, N, T, S]``, added to the logits.
     """
     new = {"keys": k_BTKH.transpose(0, 2, 1, 3), "values": v_BTKH.transpose(0, 2, 1, 3)}
-    slots = entry["keys"].shape[2]
-    if q_BTNH.shape[1] == 1 and slots:
-        # Written first: a single token may take the slot of the one that just left its window.
+    slots, T = entry["keys"].shape[2], q_BTNH.shape[1]
+    # Written first where no token takes the slot of one that an earlier of the new tokens sees: without a window, and
+    # of a single token, which may take that of the one that has just left its window.
+    if slots and (T == 1 or (T <= api.FEW and not window)):
         entry = {name: write(entry[name], new[name], positions, segments) for name in new}
-        held_BS = slot_positions(lengths + (segments[:, 0] > 0), slots)
-        visible_BS = (held_BS >= 0) & (segments > 0)
+        held_BS = slot_positions(lengths + jnp.sum(segments > 0, axis=1), slots)
+        held_B1S, positions_BT1 = held_BS[:, None], positions[..., None]
+        visible_BTS = (held_B1S >= 0) & (held_B1S <= positions_BT1) & (segments[..., None] > 0)
         if window:
-            visible_BS &= held_BS > positions - window
-        out_BNH = api.decode_attention(
-            q_BTNH[:, 0],
+            visible_BTS &= held_B1S > positions_BT1 - window
+        out_BTNH = api.decode_attention(
+            q_BTNH,
             entry["keys"],
             entry["values"],
-            visible_BS,
+            visible_BTS,
             scale=scale,
             softcap=softcap,
-            bias=None if bias is None else bias(positions, held_BS)[:, :, 0],
+            bias=None if bias is None else bias(positions, held_BS),
+            rules=rules,
         )
-        return out_BNH[:, None], entry
+        return out_BTNH, entry
 
     keys, values, k_positions, k_segments = k_BTKH, v_BTKH, positions, segments
     if slots:

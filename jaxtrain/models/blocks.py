@@ -85,8 +85,8 @@ class OpenAttention(Attention):
         q_BTNH = constrain(q_BTNH, ("batch", "sequence", "act_heads", None))
         if q_BTNH.shape[1] == 1:
             visible_BS = (shown_at.segments == at.segments) & (shown_at.segments > 0)
-            out_BNH = api.decode_attention(q_BTNH[:, 0], *shown.values(), visible_BS, scale=self.spec.scale)
-            out_BTNH = out_BNH[:, None]
+            kinds = dict(scale=self.spec.scale, rules=constrain.rules)
+            out_BTNH = api.decode_attention(q_BTNH, *shown.values(), visible_BS[:, None], **kinds)
         else:
             k_BSNH, v_BSNH = (array.transpose(0, 2, 1, 3) for array in shown.values())
             out_BTNH = self.attend(q_BTNH, k_BSNH, v_BSNH, at, shown_at, rules=constrain.rules)

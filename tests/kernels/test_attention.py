@@ -147,17 +147,17 @@ def test_gradients_match_differences_of_the_definition(name):
         assert np.sum(grads[which] * direction) == pytest.approx(difference, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", ["decode", "window-decode", "decode-capped"])
-def test_one_query_over_a_cache_is_attention_of_one_query(name):
-    case = Case(T=1, S=9, V=4, softcap=0.9, scale=0.7) if name == "decode-capped" else CASES[name]
+@pytest.mark.parametrize("name", ["decode", "window-decode", "decode-capped", "few"])
+def test_few_queries_over_a_cache_are_attention(name):
+    shapes = {"decode-capped": Case(T=1, S=9, V=4, softcap=0.9, scale=0.7), "few": Case(T=5, S=9, V=4, softcap=0.9)}
+    case = shapes.get(name) or CASES[name]
     (q, k, v), masks = inputs(case)
     masks["q_segments"][1] = 0
-    visible = visible_mask(masks, window=case.window)[:, 0]
+    visible = visible_mask(masks, window=case.window)
     assert not visible[1].any() and visible.any()
-    found = api.decode_attention(
-        q[:, 0], k.swapaxes(1, 2), v.swapaxes(1, 2), visible, scale=case.scale, softcap=case.softcap
-    )
-    wanted = api.attention(q, k, v, **masks, scale=case.scale, softcap=case.softcap, window=case.window)[:, 0]
+    kinds = dict(scale=case.scale, softcap=case.softcap)
+    found = api.decode_attention(q, k.swapaxes(1, 2), v.swapaxes(1, 2), visible, **kinds)
+    wanted = api.attention(q, k, v, **masks, **kinds, window=case.window)
     np.testing.assert_allclose(found, wanted, atol=1e-6)
     assert np.all(np.asarray(found[1]) == 0)
 

@@ -41,7 +41,9 @@ def test_a_bias_of_each_row(arrays):
 def test_the_bias_of_decoding(arrays):
     visible = np.array([[True, True, False, True, True], [True, False, True, True, True]])
     k, v = (arrays[name].transpose(0, 2, 1, 3) for name in "kv")
-    found = api.decode_attention(arrays["q"][:, 1], k, v, visible, bias=arrays["bias"][:, :, 1], scale=0.3)
+    some = slice(1, 2)
+    bias = arrays["bias"][:, :, some]
+    found = api.decode_attention(arrays["q"][:, some], k, v, visible[:, None], bias=bias, scale=0.3)[:, 0]
     for row in range(B):
         for head in range(N):
             logits = 0.3 * arrays["q"][row, 1, head] @ k[row, head // 2].T + arrays["bias"][row, head, 1]

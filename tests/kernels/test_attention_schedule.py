@@ -47,7 +47,7 @@ def tree(stretch) -> tuple:
 
 def test_a_branch_takes_effect_after_four_more_bundles(schedule):
     # A loop of bundles 5 to 39 around an ``if`` of 15 to 29, which guards a loop over the same bundles.
-    root = schedule.read_program(dump(45, {10: 30, 25: 15, 35: 5}))
+    root = schedule.read_program(dump(45, {10: 30, 25: 15, 35: 5}), "v6e")
     inner = ("loop", 15, 30, [])
     assert tree(root) == ("kernel", 0, 45, [("loop", 5, 40, [("if", 15, 30, [inner])])])
     loop = root.children[0]
@@ -55,11 +55,27 @@ def test_a_branch_takes_effect_after_four_more_bundles(schedule):
     assert list(loop.own()) == [*range(5, 15), *range(30, 40)]
 
 
+def test_chips_differ_in_when_a_branch_takes_effect(schedule):
+    ends = [schedule.read_program(dump(45, {35: 5}), chip).children[0].end for chip in ("v4", "v5p", "tpu7x")]
+    assert ends == [37, 40, 42]
+
+
+def test_a_loop_may_begin_while_the_branch_around_it_takes_effect(schedule):
+    # The ``if`` of 12 on guards the loop of 14 on, the first bundles of which run whether it is taken or not.
+    root = schedule.read_program(dump(45, {11: 38, 30: 14}), "tpu7x")
+    assert tree(root) == ("kernel", 0, 45, [("if", 14, 38, [("loop", 14, 37, [])])])
+
+
+def test_a_branch_may_leave_the_program(schedule):
+    text = "\n".join(line for line in dump(45, {10: 44}).splitlines() if "window bound" not in line)
+    assert tree(schedule.read_program(text, "v6e")) == ("kernel", 0, 45, [("if", 15, 45, [])])
+
+
 def test_branches_that_are_not_nested_are_refused(schedule):
     with pytest.raises(ValueError, match="half inside"):
-        schedule.read_program(dump(60, {5: 30, 20: 50}))
+        schedule.read_program(dump(60, {5: 30, 20: 50}), "v6e")
     with pytest.raises(ValueError, match="unconditional"):
-        schedule.read_program(dump(60, {5: 30}).replace("(!%p1_p0) ", ""))
+        schedule.read_program(dump(60, {5: 30}).replace("(!%p1_p0) ", ""), "v6e")
 
 
 def write(folder: Path, name: str, end: int, branches: dict[int, int], feeds: list[int], full: int = 2) -> None:
@@ -79,7 +95,7 @@ def test_a_kernel_is_read_from_its_two_files(schedule, tmp_path):
     schedule.keep_schedules(tmp_path)
     assert not (tmp_path / "123-flash_forward.1-05-original.txt").exists()
 
-    (kernel,) = schedule.read_kernels(tmp_path).values()
+    (kernel,) = schedule.read_kernels(tmp_path, "v6e").values()
     (fed,) = kernel.matrix
     assert (kernel.name, fed.start, kernel.hot(fed)) == ("flash_forward.1", 15, 9)
     assert [stretch.kind for stretch in kernel.path(fed)] == ["kernel", "loop", "if"]
@@ -88,14 +104,14 @@ def test_a_kernel_is_read_from_its_two_files(schedule, tmp_path):
     write(tmp_path, "flash_forward.1", 46, {10: 30, 35: 5}, [16])
     (tmp_path / "123-flash_forward.1-72-final_bundles.txt").write_text(dump(45, {10: 30, 35: 5}))
     with pytest.raises(ValueError, match="45 bundles"):
-        schedule.read_kernels(tmp_path)
+        schedule.read_kernels(tmp_path, "v6e")
 
 
 def test_a_step_of_the_grid_begins_no_row_and_ends_none(benchmark_module, schedule, tmp_path):
     # In the grid's loop, 10 to 119: begin 20 to 29, two kinds of tile at 40 to 69 and 80 to 89, end 100 to 109.
     branches = {15: 30, 35: 70, 75: 90, 95: 110, 115: 10}
     write(tmp_path, "splash", 125, branches, [45, 60, 82, 86])
-    costs = benchmark_module.GridCosts.read(schedule.read_kernels(tmp_path)["splash"])
+    costs = benchmark_module.GridCosts.read(schedule.read_kernels(tmp_path, "v6e")["splash"])
     around = 110 - 10 - 30 - 10 - 10
     assert costs == benchmark_module.GridCosts(step=around + 10, hot=5, skipped=around, begin=10, end=10)
     # 4 x 8 tiles of 256 x 128 in 1,024 tokens: 2 + 4 + 6 + 8 are visited.
@@ -120,7 +136,7 @@ def loop_kernel(benchmark_module, schedule, tmp_path):
         200: 10,
     }  # fmt: skip
     write(tmp_path, "ours", 210, branches, [60, 80, 95, 104, 120, 140, 170])
-    return benchmark_module.LoopKernel(schedule.read_kernels(tmp_path)["ours"])
+    return benchmark_module.LoopKernel(schedule.read_kernels(tmp_path, "v6e")["ours"])
 
 
 def test_what_a_step_of_ours_costs(loop_kernel):
@@ -148,7 +164,7 @@ def test_what_a_step_of_ours_costs(loop_kernel):
 def test_a_kernel_of_another_shape_is_refused(benchmark_module, schedule, tmp_path):
     write(tmp_path, "ours", 45, {10: 30, 35: 5}, [16])
     with pytest.raises(ValueError, match="this benchmark knows"):
-        benchmark_module.LoopKernel(schedule.read_kernels(tmp_path)["ours"])
+        benchmark_module.LoopKernel(schedule.read_kernels(tmp_path, "v6e")["ours"])
 
 
 def test_packed_documents_visit_the_tiles_where_they_meet(benchmark_module, loop_kernel):

@@ -18,6 +18,8 @@ logger = logging.getLogger(__name__)
 # See ``flash``.
 FLASH = {"blocked": blocked, "tpu": tpu, "gpu": gpu}
 BACKENDS = ("auto", "xla", *FLASH, "cudnn")
+# So many queries a row are worth ``decode_attention``: their products with the cache still wait for its memory.
+FEW = 16
 # What "auto" takes where it can.
 PLATFORMS = {"tpu": "tpu", "gpu": "gpu"}
 
@@ -185,25 +187,29 @@ def _add_sinks(out_BNTV, lse_BNT, sinks_N) -> tuple[jax.Array, jax.Array]:
 
 
 def decode_attention(
-    q_BNH: jax.Array,
+    q_BTNH: jax.Array,
     k_BKSH: jax.Array,
     v_BKSV: jax.Array,
-    visible_BS: jax.Array,
+    visible_BTS: jax.Array,
     *,
     scale: float | None = None,
     softcap: float = 0.0,
     bias: jax.Array | None = None,
     rules: ShardingRules = DEFAULT_RULES,
 ) -> jax.Array:
-    """One query a row over a cache laid out ``[B, K, S, H]``, whose keys and values are read once and never moved.
+    """Few queries a row (see ``FEW``) over a cache laid out ``[B, K, S, H]``, whose keys and values are read once and
+    never moved.  Not for training: the kernel for TPUs has no gradient.
 
-    visible_BS: bool, the slots that row b's query sees.  bias: float ``[B, N, S]``, added to the logits after
-    ``scale``.  The rest as in :func:`attention`; returns ``[B, N, V]``.
+    visible_BTS: bool, the slots that each query sees.  bias: float ``[B, N, T, S]``, added to the logits after
+    ``scale``.  The rest as in :func:`attention`; returns ``[B, T, N, V]``.
     """
-    scale = q_BNH.shape[-1] ** -0.5 if scale is None else scale
-    if target()[0] == "tpu" and bias is None and tpu_decode.refusal(q_BNH, k_BKSH, v_BKSV, rules) is None:
-        return tpu_decode.on_mesh(q_BNH, k_BKSH, v_BKSV, visible_BS, scale=scale, softcap=softcap, rules=rules)
-    return reference.decode_attention(q_BNH, k_BKSH, v_BKSV, visible_BS, scale=scale, softcap=softcap, bias_BNS=bias)
+    scale = q_BTNH.shape[-1] ** -0.5 if scale is None else scale
+    args = (q_BTNH.swapaxes(1, 2), k_BKSH, v_BKSV, visible_BTS)
+    if target()[0] == "tpu" and bias is None and tpu_decode.refusal(*args[:3], rules) is None:
+        out_BNTV = tpu_decode.on_mesh(*args, scale=scale, softcap=softcap, rules=rules)
+    else:
+        out_BNTV = reference.decode_attention(*args, scale=scale, softcap=softcap, bias_BNTS=bias)
+    return out_BNTV.swapaxes(1, 2)
 
 
 def _causal_blocks(length: int) -> int:

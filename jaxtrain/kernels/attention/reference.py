@@ -61,17 +61,19 @@ def attention(
 
 
 def decode_attention(
-    q_BNH, k_BKSH, v_BKSV, visible_BS, *, scale: float, softcap: float = 0.0, bias_BNS=None
+    q_BNTH, k_BKSH, v_BKSV, visible_BTS, *, scale: float, softcap: float = 0.0, bias_BNTS=None
 ) -> jax.Array:
-    """``attention`` of one query a row over keys and values laid out ``[B, K, S, H]``.  Returns ``[B, N, V]``."""
-    B, N, H = q_BNH.shape
+    """``attention`` of few queries over many keys: all queries of a key head are the rows of one product, so that a
+    cache is read once and never moved.  Returns ``[B, N, T, V]``."""
+    B, N, T, H = q_BNTH.shape
     K = k_BKSH.shape[1]
-    q_BKGH = (q_BNH * jnp.asarray(scale, q_BNH.dtype)).reshape(B, K, N // K, H)
-    logits_BKGS = jnp.einsum("bkgh,bksh->bkgs", q_BKGH, k_BKSH, preferred_element_type=jnp.float32)
-    logits_BKGS = cap(logits_BKGS, softcap)
-    if bias_BNS is not None:
-        logits_BKGS += bias_BNS.reshape(logits_BKGS.shape).astype(jnp.float32)
-    logits_BKGS = jnp.where(visible_BS[:, None, None], logits_BKGS, MASKED)
-    probs_BKGS = jax.nn.softmax(logits_BKGS, axis=-1).astype(v_BKSV.dtype)
-    out_BNV = jnp.einsum("bkgs,bksv->bkgv", probs_BKGS, v_BKSV).reshape(B, N, -1)
-    return jnp.where(jnp.any(visible_BS, axis=-1)[:, None, None], out_BNV, 0).astype(q_BNH.dtype)
+    q_BKRH = (q_BNTH * jnp.asarray(scale, q_BNTH.dtype)).reshape(B, K, N // K * T, H)
+    logits_BKRS = jnp.einsum("bkrh,bksh->bkrs", q_BKRH, k_BKSH, preferred_element_type=jnp.float32)
+    logits_BKRS = cap(logits_BKRS, softcap)
+    if bias_BNTS is not None:
+        logits_BKRS += bias_BNTS.reshape(logits_BKRS.shape).astype(jnp.float32)
+    visible_B1RS = jnp.tile(visible_BTS, (1, N // K, 1))[:, None] if T > 1 else visible_BTS[:, None]
+    logits_BKRS = jnp.where(visible_B1RS, logits_BKRS, MASKED)
+    probs_BKRS = jax.nn.softmax(logits_BKRS, axis=-1).astype(v_BKSV.dtype)
+    out_BNTV = jnp.einsum("bkrs,bksv->bkrv", probs_BKRS, v_BKSV).reshape(B, N, T, -1)
+    return jnp.where(jnp.any(visible_BTS, axis=-1)[:, None, :, None], out_BNTV, 0).astype(q_BNTH.dtype)

@@ -1,8 +1,7 @@
-"""Attention of one query a row over a long cache, on a TPU: every key and value that may be seen is read once.
+"""Attention of few queries a row over a long cache, on a TPU: every key and value that may be seen is read once.
 
-Letters: B rows, K key heads, G queries a key head, S cache slots, H size of queries and keys, V of values, R queries
-after
-padding to whole registers.
+Letters: B rows, T queries a row, K key heads, G query heads a key head, S cache slots, H size of queries and keys, V of
+values, R queries of a key head: G times T, padded to whole registers.
 """
 
 from __future__ import annotations
@@ -25,19 +24,24 @@ from jaxtrain.sharding import ShardingRules
 # Slots that are fetched at a time: long enough that a transfer costs more than starting it, short enough that little
 # is fetched of what lies beyond the last visible slot.
 CHUNK = 1024
+# Rows of a register in bfloat16.
+REGISTER = 16
 
 
-def decode_attention(q_BNH, k_BKSH, v_BKSV, visible_BS, *, scale: float, softcap: float = 0.0) -> jax.Array:
+def decode_attention(q_BNTH, k_BKSH, v_BKSV, visible_BTS, *, scale: float, softcap: float = 0.0) -> jax.Array:
     """``reference.decode_attention`` without a bias; chunks of the cache in which nothing is visible are not read."""
-    B, N, H = q_BNH.shape
+    B, N, T, H = q_BNTH.shape
     K, S, V = k_BKSH.shape[1], k_BKSH.shape[2], v_BKSV.shape[-1]
     G = N // K
-    R = -(-G // 16) * 16
+    # One query's mask is every row's; of several each fills whole registers, and is repeated for every head.
+    rows = 1 if T == 1 else -(-T // REGISTER) * REGISTER
+    R = -(-G * rows // REGISTER) * REGISTER
     chunk = min(CHUNK, -(-S // LANES) * LANES)
     chunks = -(-S // chunk)
-    q = jnp.pad(q_BNH.reshape(B, K, G, H), ((0, 0), (0, 0), (0, R - G), (0, 0)))
-    seen_BS = jnp.pad(visible_BS, ((0, 0), (0, chunks * chunk - S)))
-    some_BC = jnp.any(seen_BS.reshape(B, chunks, chunk), axis=-1)
+    q = jnp.pad(q_BNTH.reshape(B, K, G, T, H), ((0, 0), (0, 0), (0, 0), (0, rows - T), (0, 0)))
+    q = jnp.pad(q.reshape(B, K, G * rows, H), ((0, 0), (0, 0), (0, R - G * rows), (0, 0)))
+    seen_BTS = jnp.pad(visible_BTS, ((0, 0), (0, rows - T), (0, chunks * chunk - S)))
+    some_BC = jnp.any(seen_BTS.reshape(B, rows, chunks, chunk), axis=(1, 3))
     first_B = jnp.argmax(some_BC, axis=1)
     last_B = jnp.where(jnp.any(some_BC, axis=1), chunks - 1 - jnp.argmax(some_BC[:, ::-1], axis=1), -1)
 
@@ -54,7 +58,7 @@ def decode_attention(q_BNH, k_BKSH, v_BKSV, visible_BS, *, scale: float, softcap
                 pl.BlockSpec((1, 1, R, H), lambda b, k, c, *_: (b, k, 0, 0)),
                 pl.BlockSpec((1, 1, chunk, H), at),
                 pl.BlockSpec((1, 1, chunk, V), at),
-                pl.BlockSpec((1, 1, chunk), lambda *at_: (at_[0], 0, at(*at_)[2])),
+                pl.BlockSpec((1, rows, chunk), lambda *at_: (at_[0], 0, at(*at_)[2])),
             ],
             out_specs=pl.BlockSpec((1, 1, R, V), lambda b, k, c, *_: (b, k, 0, 0)),
             scratch_shapes=[
@@ -63,37 +67,37 @@ def decode_attention(q_BNH, k_BKSH, v_BKSV, visible_BS, *, scale: float, softcap
                 pltpu.VMEM((R, LANES), jnp.float32),
             ],
         ),
-        out_shape=jax.ShapeDtypeStruct((B, K, R, V), q_BNH.dtype),
+        out_shape=jax.ShapeDtypeStruct((B, K, R, V), q_BNTH.dtype),
         cost_estimate=pl.CostEstimate(
-            flops=2 * B * N * S * (H + V),
-            transcendentals=B * N * S,
+            flops=2 * B * N * T * S * (H + V),
+            transcendentals=B * N * T * S,
             bytes_accessed=B * K * S * (H + V) * k_BKSH.dtype.itemsize,
         ),
         compiler_params=pltpu.CompilerParams(dimension_semantics=("parallel", "parallel", "arbitrary")),
         interpret=target()[0] != "tpu",
         name="decode_attention",
-    )(first_B.astype(jnp.int32), last_B.astype(jnp.int32), q, k_BKSH, v_BKSV, seen_BS.astype(jnp.int32)[:, None])
-    return out[:, :, :G].reshape(B, N, V)
+    )(first_B.astype(jnp.int32), last_B.astype(jnp.int32), q, k_BKSH, v_BKSV, seen_BTS.astype(jnp.int32))
+    return out[:, :, : G * rows].reshape(B, K, G, rows, V)[:, :, :, :T].reshape(B, N, T, V)
 
 
-def refusal(q_BNH, k_BKSH, v_BKSV, rules: ShardingRules) -> str | None:
+def refusal(q_BNTH, k_BKSH, v_BKSV, rules: ShardingRules) -> str | None:
     """Why the kernel should not run on these arrays, or None."""
-    if q_BNH.shape[-1] % LANES or v_BKSV.shape[-1] % LANES:
+    if q_BNTH.shape[-1] % LANES or v_BKSV.shape[-1] % LANES:
         return f"the compiler would copy a cache whose heads are no multiple of {LANES} to lay it out for the kernel"
     layout = Layout.of(rules)
     if layout is not None and (
-        q_BNH.shape[0] % layout.ways(layout.rows) or k_BKSH.shape[1] % layout.ways(layout.heads)
+        q_BNTH.shape[0] % layout.ways(layout.rows) or k_BKSH.shape[1] % layout.ways(layout.heads)
     ):
         return "the mesh splits rows or key heads into unequal parts"
     return None
 
 
-def on_mesh(q_BNH, k_BKSH, v_BKSV, visible_BS, *, rules: ShardingRules, **options) -> jax.Array:
+def on_mesh(q_BNTH, k_BKSH, v_BKSV, visible_BTS, *, rules: ShardingRules, **options) -> jax.Array:
     """``decode_attention`` of every device's own rows and heads."""
     layout = Layout.of(rules)
     function = partial(decode_attention, **options)
     if layout is None:
-        return function(q_BNH, k_BKSH, v_BKSV, visible_BS)
+        return function(q_BNTH, k_BKSH, v_BKSV, visible_BTS)
     mine = P(layout.rows, layout.heads)
     return jax.shard_map(
         function,
@@ -101,7 +105,7 @@ def on_mesh(q_BNH, k_BKSH, v_BKSV, visible_BS, *, rules: ShardingRules, **option
         out_specs=mine,
         axis_names=layout.free,
         check_vma=False,
-    )(q_BNH, k_BKSH, v_BKSV, visible_BS)
+    )(q_BNTH, k_BKSH, v_BKSV, visible_BTS)
 
 
 def _kernel(first_ref, last_ref, q_ref, k_ref, v_ref, visible_ref, out_ref, o_RV, m_R, l_R, *, scale, softcap, slots):
@@ -121,6 +125,8 @@ def _kernel(first_ref, last_ref, q_ref, k_ref, v_ref, visible_ref, out_ref, o_RV
         if softcap:
             s = softcap * jnp.tanh(s / softcap)
         seen = visible_ref[0] > 0
+        if seen.shape[0] > 1:
+            seen = jnp.concatenate([seen] * (s.shape[0] // seen.shape[0]))
         s = jnp.where(seen, s, 2 * MASKED)
         m = m_R[:, :1]
         higher = jnp.maximum(m, jnp.max(s, axis=1, keepdims=True))
