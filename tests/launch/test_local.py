@@ -1,4 +1,4 @@
-"""The supervisor, with children that crash, fail, are killed, or are asked to stop; and one real run."""
+"""The supervisor, with children that crash, fail, hang, are killed, or are asked to stop; and one real run."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+import supervise
 
 from jaxtrain.data.stdlib import StdlibText
 
@@ -50,11 +51,25 @@ def test_a_child_that_crashes_twice_is_started_three_times(tmp_path):
     assert log[2].startswith("launch: restart 2 of 3 in 0.02 s: exit code 70 after ")
 
 
+def test_a_fault_of_configuration_or_data_is_not_retried(tmp_path):
+    found, starts, log, _ = launch("sys.exit(43)", tmp_path)
+    assert (found, starts) == (43, 1)
+    assert "not retried: exit code 43" in log[-1]
+
+
 @pytest.mark.parametrize("code", [1, 2, 130])
-def test_what_would_happen_again_is_not_retried(code, tmp_path):
-    found, starts, log, _ = launch(f"sys.exit({code})", tmp_path)
-    assert (found, starts) == (code, 1)
-    assert f"not retried: exit code {code}" in log[-1]
+def test_any_other_code_is_a_failure(code, tmp_path):
+    found, starts, log, _ = launch(f"sys.exit({code})", tmp_path, "--retries", "1")
+    assert (found, starts) == (code, 2)
+    assert f"given up after 1 restarts: exit code {code}" in log[-1]
+
+
+def test_a_preempted_run_is_started_again_for_free(tmp_path):
+    code, starts, log, _ = launch("sys.exit({1: 42, 2: 42, 3: 70, 4: 42}.get(n, 0))", tmp_path, "--retries", "1")
+    assert (code, starts) == (0, 5)
+    reasons = [line.split(": exit")[0] for line in log[1:]]
+    free = "launch: restart in 0.01 s, preempted"
+    assert reasons == [free, free, "launch: restart 1 of 1 in 0.01 s", free]
 
 
 def test_death_by_a_signal_is_retried_then_given_up(tmp_path):
@@ -70,16 +85,11 @@ def test_no_retries_means_one_start(tmp_path):
 
 
 def test_the_waits_double_up_to_a_minute(monkeypatch):
-    sys.path.insert(0, str(LOCAL.parent))
-    try:
-        import local
-    finally:
-        sys.path.remove(str(LOCAL.parent))
     waits = []
-    supervisor = local.Supervisor(["x"], {}, retries=8, backoff=1.0)
-    monkeypatch.setattr(supervisor, "once", lambda: -9)
+    supervisor = supervise.Supervisor(lambda attempt: [], supervise.Policy(retries=8, backoff=1.0))
+    monkeypatch.setattr(supervisor, "once", lambda attempt: -9)
     monkeypatch.setattr(supervisor, "rest", lambda seconds: waits.append(seconds) or True)
-    monkeypatch.setattr(local.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(supervise.signal, "signal", lambda *_: None)
     assert supervisor.run() == 137
     assert waits == [1, 2, 4, 8, 16, 32, 60, 60]
 
@@ -135,11 +145,120 @@ def test_devices_become_flags_of_the_child(tmp_path):
     assert found == "--a=1 --b=2 --xla_force_host_platform_device_count=4 cpu\n"
 
 
-@pytest.mark.parametrize("options", [["--devices", "0"], ["--retries", "-1"], ["--backoff", "-1"]])
+@pytest.mark.parametrize(
+    "options", [["--devices", "0"], ["--retries", "-1"], ["--backoff", "-1"], ["--processes", "0"]]
+)
 def test_wrong_options_are_refused(options, tmp_path):
     done = subprocess.run([sys.executable, str(LOCAL), *options, "--", "x"], capture_output=True, text=True)
-    assert done.returncode == 2
+    assert done.returncode == 43
     assert options[0] in done.stderr
+
+
+# Each process: number i of count, in its attempt n (its own file of starts).
+SEVERAL = """
+i, count = int(os.environ["JAXTRAIN_PROCESS_ID"]), int(os.environ["JAXTRAIN_NUM_PROCESSES"])
+out = sys.argv[1]
+with open(f"{out}.{i}", "a+") as file:
+    file.write(os.environ["JAXTRAIN_COORDINATOR"] + "\\n")
+    file.seek(0)
+    n = len(file.readlines())
+while not all(os.path.exists(f"{out}.{j}") for j in range(count)):
+    time.sleep(0.01)
+def beat():
+    open(os.environ["JAXTRAIN_HEARTBEAT"], "w").close()
+"""
+
+
+def coordinators(tmp_path: Path, number: int) -> list[str]:
+    return (tmp_path / f"starts.{number}").read_text().split()
+
+
+@pytest.mark.parametrize(
+    ("code", "reason"),
+    [
+        ("sys.exit(70) if i == 1 else time.sleep(60)", "process 1 of 3: exit code 70"),
+        ("os.kill(os.getpid(), 9) if i == 2 else time.sleep(60)", "process 2 of 3: killed by SIGKILL"),
+        ("[beat() or time.sleep(0.1) for _ in range(600 if i else 1)]; time.sleep(60)", "process 0 of 3: no heartbeat"),
+        (
+            "signal.signal(15, signal.SIG_IGN); sys.exit(70) if i == 1 else time.sleep(60)",
+            "process 1 of 3: exit code 70",
+        ),
+        ("time.sleep(0 if i == 1 else 60)", "2 of 3 processes run 1 s longer: killed"),
+        ("sys.exit(42) if i == 1 else time.sleep(60)", "2 of 3 processes run 1 s longer: killed"),
+    ],
+)
+def test_when_one_dies_or_hangs_all_end_and_start_again(code, reason, tmp_path):
+    """Within the bounds, whatever the others do about SIGTERM; the second attempt ends well."""
+    bounds = ["--processes", "3", "--hang_after", "3", "--grace", "0.5", "--linger", "1"]
+    began = time.monotonic()
+    found, _, log, _ = launch(f"{SEVERAL}\nif n == 1: {code}", tmp_path, *bounds)
+    assert found == 0 and time.monotonic() - began < 30
+    assert any(reason in line for line in log), log
+    addresses = [coordinators(tmp_path, number) for number in range(3)]
+    assert addresses[0] == addresses[1] == addresses[2]
+    assert len(set(addresses[0])) == 2, "the second attempt needs a port of its own"
+
+
+def test_the_others_are_asked_before_they_are_killed(tmp_path):
+    code = f"""{SEVERAL}
+def last(*_):
+    open(f"{{out}}.last.{{i}}", "w").close()
+    sys.exit(42)
+if i == 0:
+    signal.signal(signal.SIGTERM, last)
+    open(f"{{out}}.ready", "w").close()
+    time.sleep(60)
+while not os.path.exists(f"{{out}}.ready"):
+    time.sleep(0.01)
+sys.exit(70)
+"""
+    found, *_ = launch(code, tmp_path, "--processes", "2", "--retries", "0")
+    assert found == 70 and (tmp_path / "starts.last.0").exists()
+
+
+def test_a_fault_in_one_process_is_the_fault_of_all(tmp_path):
+    code = "time.sleep(1.5 if i else 0); sys.exit(43 if i == 0 else 134)"
+    found, _, log, _ = launch(f"{SEVERAL}\n{code}", tmp_path, "--processes", "2")
+    assert found == 43 and "not retried" in log[-1]
+    assert len(coordinators(tmp_path, 0)) == 1
+
+
+def test_a_slow_start_without_heartbeats_is_no_hang(tmp_path):
+    found, *_ = launch(f"{SEVERAL}\ntime.sleep(1)", tmp_path, "--processes", "2", "--hang_after", "0.2")
+    assert found == 0 and len(coordinators(tmp_path, 0)) == 1
+
+
+def test_sigterm_reaches_all_and_their_42_is_passed_on(tmp_path):
+    code = f"""{SEVERAL}
+def save(*_):
+    open(f"{{out}}.saved.{{i}}", "w").close()
+    sys.exit(42)
+signal.signal(signal.SIGTERM, save)
+open(f"{{out}}.ready.{{i}}", "w").close()
+time.sleep(60)
+"""
+    argv = command(code, tmp_path / "starts", "--processes", "2")
+    process = subprocess.Popen(argv, stderr=subprocess.PIPE, text=True)
+    for number in range(2):
+        wait_for(tmp_path / f"starts.ready.{number}")
+    process.send_signal(signal.SIGTERM)
+    _, log = process.communicate(timeout=60)
+    assert process.returncode == 42 and "stopped by SIGTERM: exit code 42" in log
+    assert [(tmp_path / f"starts.saved.{number}").exists() for number in range(2)] == [True, True]
+
+
+def test_no_process_outlives_a_killed_supervisor(tmp_path):
+    code = "open(sys.argv[1] + '.pid', 'w').write(str(os.getpid())); time.sleep(60)"
+    process = subprocess.Popen(command(code, tmp_path / "starts"), stderr=subprocess.DEVNULL)
+    wait_for(tmp_path / "starts.pid")
+    end = time.monotonic() + 20
+    while not (pid := (tmp_path / "starts.pid").read_text()):
+        assert time.monotonic() < end
+    process.kill()
+    process.wait(20)
+    while Path(f"/proc/{pid}").exists() and "(zombie)" not in Path(f"/proc/{pid}/status").read_text():
+        assert time.monotonic() < end, "the child lives on"
+        time.sleep(0.05)
 
 
 # jaxtrain, but the first time that update 3 is logged and checkpoint 2 is written, the process is killed.
