@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
+from jaxtrain.distributed import fetch, is_writer
 from jaxtrain.types import path_name
 
 log = logging.getLogger("jaxtrain")
@@ -104,7 +105,8 @@ def _part_axis(x: Any) -> int | None:
 def digests(tree: Any) -> dict[str, str]:
     """path -> 16 hex digits: the wrapping sum of the array's mixed words, and their position-weighted sum.
 
-    The same for every mesh, since integer addition does not care for order.
+    The same for every mesh, since integer addition does not care for order.  With several hosts each adds up what it
+    holds, and only the two sums travel.
     """
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     leaves = jax.tree.leaves(tree)
@@ -114,7 +116,7 @@ def digests(tree: Any) -> dict[str, str]:
     sums = [
         next(small) if axis is None else _digest_in_parts(x, axis).block_until_ready() for x, axis in zip(leaves, axes)
     ]
-    return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in zip(paths, jax.device_get(sums), strict=True)}
+    return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in zip(paths, map(fetch, sums), strict=True)}
 
 
 def shapes(tree: Any) -> dict[str, str]:
@@ -151,7 +153,7 @@ def _save_frugally(tree: Any) -> Any:
 
 
 class Checkpoints:
-    """The checkpoints of one run, in one directory, by step."""
+    """The checkpoints of one run, in one directory, by step.  Several hosts write one together, each what it holds."""
 
     def __init__(self, directory: Path | str, *, keep: int = 2, frugal: int = 0):
         """keep: how many of the newest to preserve.
@@ -161,8 +163,7 @@ class Checkpoints:
         self.frugal = frugal
         self.directory = Path(directory).absolute()
         self.directory.mkdir(parents=True, exist_ok=True)
-        # Orbax moves what it prunes there, so that a kill never leaves half a step listed, but never empties it.
-        shutil.rmtree(self.directory / TRASH, ignore_errors=True)
+        self._empty_trash()
         self._manager = ocp.CheckpointManager(
             self.directory,
             options=ocp.CheckpointManagerOptions(
@@ -188,7 +189,7 @@ class Checkpoints:
             return
         need = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(trees))
         free = shutil.disk_usage(self.directory).free
-        if need > free:
+        if need > free and is_writer():
             raise DiskFullError(
                 f"the disk is full: checkpoint {step} needs {need / 1e6:.1f} MB in {self.directory}, where "
                 f"{free / 1e6:.1f} MB are free; make room and run the same command again to continue from "
@@ -208,7 +209,12 @@ class Checkpoints:
     def close(self) -> None:
         self._guard(self._manager.wait_until_finished)
         self._manager.close()
-        shutil.rmtree(self.directory / TRASH, ignore_errors=True)
+        self._empty_trash()
+
+    def _empty_trash(self) -> None:
+        # Orbax moves what it prunes there, so that a kill never leaves half a step listed, but never empties it.
+        if is_writer():
+            shutil.rmtree(self.directory / TRASH, ignore_errors=True)
 
     def _guard(self, call: Any, *args: Any, **kwargs: Any) -> None:
         try:

@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from jaxtrain import gin_edge
+from jaxtrain import distributed, gin_edge
 from jaxtrain.config import CONFIGURABLES, PPOStage, Recipe
 
 QUICKSTART = "recipes/quickstart.gin"
@@ -224,6 +224,23 @@ def export(args: argparse.Namespace) -> int:
     return 0
 
 
+def plan(args: argparse.Namespace) -> int:
+    """Plans a recipe's stages for a slice of chips."""
+    loaded = gin_edge.load(Recipe, CONFIGURABLES, [args.recipe], args.gin)
+    from jaxtrain.plan import command
+
+    return command.run(
+        loaded.config,
+        args.topology,
+        stage=args.stage,
+        compiler=not args.no_compile,
+        price=args.price,
+        as_json=args.json,
+        show=print,
+        say=lambda line: print(line, file=sys.stderr),
+    )
+
+
 def _mesh_sizes(text: str) -> dict[str, int]:
     """``fsdp=4,tensor=2`` as arguments of a MeshConfig."""
     from jaxtrain.sharding import AXES
@@ -254,19 +271,33 @@ def _peak_bytes() -> int:
 
 
 def _run(files: list[str], bindings: list[str], out: Path, *, check: bool = False) -> int:
+    try:
+        with distributed.job():
+            return _run_in_job(files, bindings, out, check=check)
+    except distributed.Preempted as stop:
+        print(f"jaxtrain: preempted ({stop}): the same command continues", file=sys.stderr)
+        return distributed.PREEMPTED
+
+
+def _run_in_job(files: list[str], bindings: list[str], out: Path, *, check: bool) -> int:
     began = time.perf_counter()
     loaded = gin_edge.load(Recipe, CONFIGURABLES, files, bindings)
     from jaxtrain.recipe.chain import run_recipe
     from jaxtrain.report import format_table
 
-    summary, failures = run_recipe(loaded.config, loaded.text, out, say=lambda line: print(line, file=sys.stderr))
-    print(format_table(summary))
-    print(f"\n{time.perf_counter() - began:.0f} s in all; the report is {out / 'report.html'}")
-    if check:
-        for line in failures:
-            print(f"jaxtrain: check failed: {line}", file=sys.stderr)
-        return 1 if failures else 0
-    return 0
+    def say(line: str) -> None:
+        if distributed.is_writer():
+            print(line, file=sys.stderr)
+
+    summary, failures = run_recipe(loaded.config, loaded.text, out, say=say)
+    if distributed.is_writer():
+        print(format_table(summary))
+        print(f"\n{time.perf_counter() - began:.0f} s in all; the report is {out / 'report.html'}")
+    if not check:
+        return 0
+    for line in failures:
+        say(f"jaxtrain: check failed: {line}")
+    return 1 if failures else 0
 
 
 def describe(recipe: Recipe) -> list[str]:

@@ -8,14 +8,14 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import jaxtrain
-
-USER_MISTAKE, CRASH, INTERRUPTED = 2, 70, 130  # exit codes; argparse's own is 2 as well
+from jaxtrain.distributed import CRASH, INTERRUPTED, USER_MISTAKE
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs one command and returns its exit code: 2 for a user's mistake, told in one line on stderr.
+    """Runs one command and returns its exit code: 43 for a user's mistake, told in one line on stderr.
 
     ``JAXTRAIN_TRACEBACK=1`` lets the exception through instead.
     """
@@ -64,11 +64,20 @@ def set_environment() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # XLA's C++ logs: errors only
 
 
+class _Parser(argparse.ArgumentParser):
+    """Wrong arguments are a user's mistake like any other; argparse's own exit code is 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.print_usage(sys.stderr)
+        self.exit(USER_MISTAKE, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="jaxtrain",
         description="From raw text to an aligned model: one train step, another objective for each stage.",
-        epilog="Set JAXTRAIN_TRACEBACK=1 to see where an error was raised.",
+        epilog="Set JAXTRAIN_TRACEBACK=1 to see where an error was raised. Exit codes: 0 done, 1 a check failed, "
+        "42 preempted (the same command continues), 43 a mistake in the command, its files or data.",
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="version", version=f"jaxtrain {jaxtrain.__version__}")
@@ -157,6 +166,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument(
         "--shard_gb", type=_SIZE, default=5.0, metavar="GB", help="largest safetensors file, in 1e9 bytes (default: 5)"
     )
+
+    plan = command("plan", "say what a recipe needs and how long it takes on a slice of chips, before it is rented")
+    plan.add_argument("recipe", metavar="RECIPE.gin", help="gin file that binds Recipe.stages")
+    _add_gin(plan)
+    add = plan.add_argument
+    add("--topology", required=True, metavar="KIND:SHAPE", help="v5p:4x4x4, v5e:16x16, h100:64, 2*v5e:16x16, ...")
+    add("--stage", metavar="NAME", help="one stage alone")
+    add("--price", type=_SIZE, metavar="DOLLARS", help="of a chip for an hour: what the whole run costs")
+    add("--no_compile", action="store_true", help="count by hand alone: seconds, where the compiler takes minutes")
+    add("--json", action="store_true", help="print one JSON object")
     return parser
 
 

@@ -28,6 +28,10 @@ class MeshConfig:
     data: copies of the model, each on its own rows.  fsdp: rows too, with parameters and optimizer split.
     tensor: heads, MLP width and vocabulary split.  context: the sequence split.  expert: experts of a
     mixture split; dense models use it as one more data axis.  stage: pipeline stages.
+
+    zero: what stays split over ``fsdp`` while a step runs, after ZeRO (1910.02054): 1 the optimizer's state, 2
+    gradients too, 3 parameters too.  It changes neither results nor checkpoints, only memory and what is sent: see
+    ``train.zero``.
     """
 
     data: int = 1
@@ -36,9 +40,12 @@ class MeshConfig:
     context: int = 1
     expert: int = 1
     stage: int = 1
+    zero: int = 3
 
     def __post_init__(self):
-        sizes = dataclasses.asdict(self)
+        sizes = self._sizes()
+        if self.zero not in (1, 2, 3):
+            raise ValueError(f"MeshConfig.zero is {self.zero}: 1 splits the optimizer's state, 2 gradients too, 3 all")
         wrong = {name: size for name, size in sizes.items() if size < 1 and size != -1}
         if wrong:
             raise ValueError(f"MeshConfig: {wrong} must be at least 1, or -1 for the remaining devices")
@@ -50,9 +57,12 @@ class MeshConfig:
                 "use fsdp or tensor to split a model over more devices"
             )
 
+    def _sizes(self) -> dict[str, int]:
+        return {axis: getattr(self, axis) for axis in AXES}
+
     def sizes(self, num_devices: int) -> dict[str, int]:
         """The size of each axis on ``num_devices`` devices; raises ValueError when they do not divide."""
-        sizes = dataclasses.asdict(self)
+        sizes = self._sizes()
         fixed = math.prod(size for size in sizes.values() if size != -1)
         for name, size in sizes.items():
             if size == -1:
@@ -146,6 +156,8 @@ DEFAULT_RULES = ShardingRules(
         # activations
         ("batch", ("data", "fsdp", "expert")),
         ("sequence", ("context",)),
+        ("tokens", ("data", "fsdp", "expert", "tensor")),
+        ("stream_sequence", ("context", "tensor")),
         ("act_embed", ()),
         ("act_heads", ("tensor",)),
         ("act_mlp", ("tensor",)),
@@ -176,6 +188,15 @@ class Constrain:
     def __call__(self, x: jax.Array, names: Sequence[str | None]) -> jax.Array:
         return constrain(x, names, self.rules)
 
+    def ways(self, names: Sequence[str | None]) -> tuple[int, ...]:
+        """Into how many parts the current mesh splits each dimension."""
+        mesh, spec = jax.sharding.get_abstract_mesh(), self.rules.spec(names)
+        return tuple(1 if mesh.empty else ways(mesh, entry) for entry in spec)
+
+    def divides(self, shape: Sequence[int], names: Sequence[str | None]) -> bool:
+        """Whether these parts are equal for an array of this shape."""
+        return all(size % parts == 0 for size, parts in zip(shape, self.ways(names), strict=True))
+
 
 def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
     """``x`` as something that varies over all the axes of a ``shard_map`` that one of ``others`` varies over.
@@ -195,7 +216,7 @@ def is_names(leaf: Any) -> bool:
     return type(leaf) is tuple and all(name is None or isinstance(name, str) for name in leaf)
 
 
-def ways(mesh: Mesh, entry: str | tuple[str, ...] | None) -> int:
+def ways(mesh: Any, entry: str | tuple[str, ...] | None) -> int:
     """Over how many devices one entry of a PartitionSpec splits its dimension."""
     axes = (entry,) if isinstance(entry, str) else entry or ()
     return math.prod(mesh.shape[axis] for axis in axes)
@@ -225,21 +246,57 @@ def batch_sharding(mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> NamedSha
     return NamedSharding(mesh, rules.spec(("batch",)))
 
 
-def put_batch(batch: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> Any:
-    """Places a NumPy batch (the same global rows on every host) on the mesh, split by rows.
+def local_rows(count: int, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES) -> np.ndarray:
+    """Which of a batch's ``count`` rows lie on this process's devices: int64, ascending.
 
     Raises ValueError when the row count does not divide among the devices.
     """
     sharding = batch_sharding(mesh, rules)
-    count = ways(mesh, sharding.spec[0])
+    devices = ways(mesh, sharding.spec[0])
+    if count % devices:
+        raise ValueError(
+            f"a batch of {count} rows is not divisible by the {devices} devices of the mesh's row axes "
+            f"{sharding.spec[0]}; choose a batch size that is a multiple of {devices}"
+        )
+    numbers = np.arange(count)
+    parts = sharding.addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([numbers[index] for index in parts]))
+
+
+def put_batch(batch: Any, mesh: Mesh, rules: ShardingRules = DEFAULT_RULES, count: int | None = None) -> Any:
+    """Places a NumPy batch on the mesh, split by rows.
+
+    count: None where ``batch`` has all rows, the same on every host; else the number of rows on all hosts together, of
+        which ``batch`` has those that ``local_rows`` names, in that order: consecutive ones or, on some meshes, not.
+
+    Raises ValueError when the row count does not divide among the devices.
+    """
+    sharding = batch_sharding(mesh, rules)
 
     def one(x):
         x = np.asarray(x)
-        if x.shape[0] % count:
-            raise ValueError(
-                f"a batch of {x.shape[0]} rows is not divisible by the {count} devices of the mesh's row axes "
-                f"{sharding.spec[0]}; choose a batch size that is a multiple of {count}"
-            )
-        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        rows = len(x) if count is None else count
+        held = local_rows(rows, mesh, rules)
+        if count is None:
+            return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+        assert len(x) == len(held), f"{len(x)} rows, where this process holds {len(held)} of {count}"
+
+        def read(index):
+            start, stop, _ = index[0].indices(rows)
+            first = np.searchsorted(held, start)
+            return x[(slice(first, first + stop - start), *index[1:])]
+
+        return jax.make_array_from_callback((rows, *x.shape[1:]), sharding, read)
 
     return jax.tree.map(one, batch)
+
+
+def put_everywhere(tree: Any, mesh: Mesh) -> Any:
+    """Copies of host values (the same on every host) on every device of the mesh: what several hosts can save."""
+    sharding = NamedSharding(mesh, PartitionSpec())
+
+    def one(x):
+        x = np.asarray(x)
+        return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+    return jax.tree.map(one, tree)

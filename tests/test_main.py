@@ -107,22 +107,22 @@ def test_commands_get_their_arguments_and_give_the_exit_code(commands):
         (["quickstart", "--seed", "x"], "found 'x'"),
     ],
 )
-def test_wrong_arguments_exit_2_and_name_the_culprit(argv, complaint, commands, capsys):
+def test_wrong_arguments_exit_43_and_name_the_culprit(argv, complaint, commands, capsys):
     with pytest.raises(SystemExit) as end:
         command_line.main(argv)
-    assert end.value.code == 2
+    assert end.value.code == 43
     assert complaint in capsys.readouterr().err
     assert commands.calls == []
 
 
 @pytest.mark.parametrize("error", [ValueError("no such field"), OSError(28, "No space left on device", "d/x")])
-def test_a_users_mistake_is_one_line_and_exit_2(error, commands, capsys, monkeypatch):
+def test_a_users_mistake_is_one_line_and_exit_43(error, commands, capsys, monkeypatch):
     def fail(args):
         raise error
 
     commands.run = fail
     argv = ["run", "r.gin", "--out", "d"]
-    assert command_line.main(argv) == 2
+    assert command_line.main(argv) == 43
     assert capsys.readouterr().err == f"jaxtrain: error: {error}\n"
     monkeypatch.setenv("JAXTRAIN_TRACEBACK", "1")
     with pytest.raises(type(error)):

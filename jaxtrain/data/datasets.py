@@ -109,8 +109,8 @@ def _fingerprint(kind: str, settings: Info, tokenizer: TextTokenizer, content: d
     return digest.hexdigest()
 
 
-def _reusable(directory: str, fingerprint: str) -> Prepared | None:
-    """The data already in ``directory`` if it has this fingerprint."""
+def _reusable(directory: str | os.PathLike, fingerprint: str | None) -> Prepared | None:
+    """The data already in ``directory`` if it has this fingerprint (None: any)."""
     try:
         with open(os.path.join(directory, _PREPARED), encoding="utf-8") as file:
             found = json.load(file)
@@ -118,10 +118,18 @@ def _reusable(directory: str, fingerprint: str) -> Prepared | None:
         return None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file.name} is damaged ({error}); delete {directory} and run again") from None
-    if found["fingerprint"] != fingerprint:
+    if fingerprint not in (None, found["fingerprint"]):
         return None
     sources = {split: RecordSource(os.path.join(directory, split)) for split in SPLITS}
-    return Prepared(**sources, fingerprint=fingerprint, info=found["info"])
+    return Prepared(**sources, fingerprint=found["fingerprint"], info=found["info"])
+
+
+def open_prepared(directory: str | os.PathLike) -> Prepared:
+    """What ``prepare`` has written to ``directory``.  Raises ValueError where there is nothing."""
+    prepared = _reusable(directory, None)
+    if prepared is None:
+        raise ValueError(f"{directory} holds no prepared data (there is no {_PREPARED})")
+    return prepared
 
 
 def _prepare(

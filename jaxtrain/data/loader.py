@@ -53,12 +53,16 @@ class Loader:
         # it.
         return grain.MapDataset.range(len(self.source)).seed(self.seed).shuffle().repeat()
 
-    def batch(self, step: int) -> Any:
-        """The batch of ``step``, from 0: the same whenever and in whatever order it is asked for."""
+    def batch(self, step: int, rows: Sequence[int] | None = None) -> Any:
+        """The batch of ``step``, from 0: the same whenever and in whatever order it is asked for.
+
+        rows: those wanted of its ``batch_size`` rows (None: all); no others are read.
+        """
         if step < 0:
             raise ValueError(f"step is {step}; steps count from 0")
         start = int(step) * self.batch_size
-        return self.to_batch([self.source[self._order[i]] for i in range(start, start + self.batch_size)])
+        wanted = range(self.batch_size) if rows is None else rows
+        return self.to_batch([self.source[self._order[start + int(row)]] for row in wanted])
 
     def fingerprint(self) -> dict[str, Any]:
         """What must be equal for ``batch`` to be the same function; kept with checkpoints."""
@@ -70,17 +74,23 @@ class Loader:
         }
 
 
-def sequential_batches(source: RecordSource, batch_size: int, to_batch: ToBatch) -> Iterator[Any]:
+def sequential_batches(
+    source: RecordSource, batch_size: int, to_batch: ToBatch, rows: Sequence[int] | None = None
+) -> Iterator[Any]:
     """Every record once, in order.  The last batch is filled up with records of zeros: weight 0, segment 0.
 
+    rows: those wanted of every batch's ``batch_size`` rows (None: all); no others are read.
     Raises ValueError, at the call, for a source without records.
     """
     _check(source, batch_size)
+    wanted = range(batch_size) if rows is None else [int(row) for row in rows]
 
     def batches():
+        blank = None
         for start in range(0, len(source), batch_size):
-            rows = [source[index] for index in range(start, min(start + batch_size, len(source)))]
-            blank = {name: np.zeros_like(values) for name, values in rows[0].items()}
-            yield to_batch(rows + [blank] * (batch_size - len(rows)))
+            records = [source[start + row] if start + row < len(source) else None for row in wanted]
+            if None in records and blank is None:
+                blank = {name: np.zeros_like(values) for name, values in source[0].items()}
+            yield to_batch([blank if record is None else record for record in records])
 
     return batches()

@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxtrain.generate.engine import Engine, sequence_keys
 from jaxtrain.generate.requests import Stats, Written
 from jaxtrain.generate.sampling import Sampling
@@ -57,17 +59,18 @@ def generate_text(
     top: int = 0,
     int8: bool = False,
     slots: int = 32,
+    mesh: Mesh | None = None,
 ) -> tuple[list[Completion], Stats]:
     """Completes every prompt; number i with the seed ``seed + i``, whatever the others are.
 
     tokenizer: a ``TextTokenizer``.  encode: how a prompt becomes ids, where that is more than the tokenizer's encoding
         (a chat's turns, a first ``<bos>``); by default ``tokenizer.encode``.
-    top: how many of the likeliest tokens to report of every step.  int8, slots: as in ``Engine``.
+    top: how many of the likeliest tokens to report of every step.  int8, slots, mesh: as in ``Engine``.
 
     Raises ValueError for an empty prompt, for ids beyond the model's vocabulary, and for prompts that leave
     fewer than ``max_new_tokens`` of the model's positions.
     """
-    engine = Engine(model, sampling, slots=min(slots, max(len(prompts), 1)), top=top, int8=int8)
+    engine = Engine(model, sampling, slots=min(slots, max(len(prompts), 1)), top=top, int8=int8, mesh=mesh)
     rows = [list((encode or tokenizer.encode)(prompt)) for prompt in prompts]
     for number, row in enumerate(rows):
         engine.check(row, max_new_tokens, f"prompt {number} ({_shorten(prompts[number])!r})")

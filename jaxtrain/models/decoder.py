@@ -14,13 +14,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.models.balance import auxiliary, join, move_biases
 from jaxtrain.models.cache import Cache
-from jaxtrain.models.decoder_config import REMAT, DecoderConfig, LayerSpec
+from jaxtrain.models.decoder_config import DecoderConfig, LayerSpec, remat_policy
 from jaxtrain.models.functional import Functional, Model, functionalize, param, stack
 from jaxtrain.models.heads import LazyLogits, ScalarHead, lazy_logits
-from jaxtrain.models.layers import ROWS, dropout, normal
+from jaxtrain.models.layers import ROWS, dropout, into_stream, normal, out_of_stream, stream
 from jaxtrain.models.moe import MoESpec
 from jaxtrain.models.mtp import MTP, look_ahead
 from jaxtrain.models.rope import rope_tables
@@ -61,20 +62,26 @@ class Block(nnx.Module):
         part has to say about its balance (None for a dense one)."""
         first, second = (None, None) if rng is None else jax.random.split(rng)
         pre, post = "pre" in self.norms, "post" in self.norms
+        x = checkpoint_name(stream(x, constrain), "stream")
         added, entry = self.attention(
-            self.attention_norm(x) if pre else x,
+            out_of_stream(self.attention_norm(x) if pre else x, constrain),
             ropes=ropes,
             positions=positions,
             segments=segments,
             constrain=constrain,
             cache=cache,
         )
+        added = checkpoint_name(into_stream(added, constrain), "attention_out")
         x = x + dropout(self.attention_post_norm(added) if post else added, self.dropout, first)
         added, balance = self.mlp(
-            self.mlp_norm(x) if pre else x, segments=segments, constrain=constrain, decoding=cache is not None
+            out_of_stream(self.mlp_norm(x) if pre else x, constrain),
+            segments=segments,
+            constrain=constrain,
+            decoding=cache is not None,
         )
+        added = checkpoint_name(into_stream(added, constrain), "mlp_out")
         x = x + dropout(self.mlp_post_norm(added) if post else added, self.dropout, second)
-        return constrain(x, (*ROWS[x.ndim], "act_embed")), entry, balance
+        return stream(x, constrain), entry, balance
 
 
 def build_decoder(config: DecoderConfig, rules: ShardingRules = DEFAULT_RULES) -> Model:
@@ -116,6 +123,7 @@ def build_decoder(config: DecoderConfig, rules: ShardingRules = DEFAULT_RULES) -
         init=init,
         apply=partial(_forward, config, rules, parts, {layer: block.call for layer, block in blocks.items()}),
         axes={name: part.axes for name, part in parts.items()},
+        dtypes={name: part.dtypes for name, part in parts.items()},
         logits=partial(_logits, config, rules) if "lm" in config.heads else None,
         balance=partial(move_biases, spec.balance.bias_rate) if any(map(_has_router_bias, spec.layers())) else None,
     )
@@ -200,7 +208,7 @@ def _forward(
     if cache is not None:
         read = jnp.sum(segments > 0, axis=1, dtype=jnp.int32)
         cache = Cache(layers=tuple(entries), lengths=cache.lengths + read)
-    hidden = parts["final_norm"].call(params["final_norm"], x)
+    hidden = out_of_stream(parts["final_norm"].call(params["final_norm"], x), pin)
     hidden_BTD = hidden.reshape(*tokens.ids.shape, -1)
 
     lm = rewards = values = None
@@ -236,7 +244,7 @@ def _with_remat(config: DecoderConfig, call: Any) -> Any:
         return call(layer, hidden, embedded, rng=rng, **arrays, **dict(static))
 
     if config.remat != "none":
-        whole = jax.checkpoint(whole, policy=REMAT[config.remat], prevent_cse=False, static_argnums=0)
+        whole = jax.checkpoint(whole, policy=remat_policy(config), prevent_cse=False, static_argnums=0)
 
     def split(layer, hidden, embedded, rng, kwargs):
         static = (("constrain", kwargs["constrain"]),)
@@ -274,7 +282,7 @@ def _run_layers(config, layers, blocks, params, x, *, keys, shared):
         return x, balance
 
     if config.remat != "none":
-        call = jax.checkpoint(call, policy=REMAT[config.remat], prevent_cse=False, static_argnums=0)
+        call = jax.checkpoint(call, policy=remat_policy(config), prevent_cse=False, static_argnums=0)
     period = _period(layers)
     turns, rest = divmod(len(layers), period)
     if isinstance(params, tuple):

@@ -22,6 +22,23 @@ REMAT = {
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "full": jax.checkpoint_policies.nothing_saveable,
 }
+# What a layer computes, by the names that ``remat_save`` and ``remat_offload`` know: its input; queries, keys and
+# values as attention reads them; its output with its log-sum-exp, and that output's projection; the matrix products of
+# the feed-forward part.
+REMAT_ATTENTION = ("query", "key", "value", "attention", "attention_out")
+REMAT_NAMES = ("stream", *REMAT_ATTENTION, "mlp_gate", "mlp_up", "mlp_out")
+
+
+def remat_policy(config: Any) -> Any:
+    """For ``jax.checkpoint``, by a config's remat fields."""
+    if not (config.remat_save or config.remat_offload):
+        return REMAT[config.remat]
+    return jax.checkpoint_policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=list(config.remat_save),
+        names_which_can_be_offloaded=list(config.remat_offload),
+        offload_src="device",
+        offload_dst="pinned_host",
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -69,7 +86,8 @@ class DecoderConfig:
     head_dim: 0 means ``d_model / num_heads``.  max_positions: the longest segment.  heads: which outputs exist,
     of "lm", "reward" and "value".  dropout: on the embedding and both residual branches, in training only.
     remat: "none" keeps every activation for the backward pass, "dots" the matrix products, "full" only each
-    layer's input.  scan_unroll: layers compiled in line per loop turn; more is faster to run, slower to compile.
+    layer's input.  remat_save, remat_offload: of ``REMAT_NAMES``, what "full" keeps after all, on the device or in the
+    host's memory.  scan_unroll: layers compiled in line per loop turn; more is faster to run, slower to compile.
     attention, cross_entropy: backends, see ``api.py`` of each in ``kernels``.
     """
 
@@ -89,6 +107,8 @@ class DecoderConfig:
     init_std: float = 0.02
     heads: tuple[str, ...] = ("lm",)
     remat: str = "none"
+    remat_save: tuple[str, ...] = ()
+    remat_offload: tuple[str, ...] = ()
     scan_unroll: int = 1
     attention: str = "auto"
     cross_entropy: str = "auto"
@@ -115,6 +135,13 @@ class DecoderConfig:
             raise ValueError(f"heads must name some of {HEADS} once each, found {self.heads}")
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}; one of {tuple(REMAT)}")
+        named = (*self.remat_save, *self.remat_offload)
+        if set(named) - set(REMAT_NAMES) or len(set(named)) < len(named):
+            raise ValueError(f"remat_save and remat_offload must name some of {REMAT_NAMES} once each, found {named}")
+        if "stream" in self.remat_save:
+            raise ValueError("remat_save: 'stream', the input of a layer, is kept anyway; remat_offload may move it")
+        if named and self.remat != "full":
+            raise ValueError(f"remat_save and remat_offload say what remat='full' keeps, but remat={self.remat!r}")
         if self.attention not in BACKENDS:
             raise ValueError(f"attention={self.attention!r}; one of {BACKENDS}")
         if self.cross_entropy not in cross_entropy.BACKENDS:

@@ -153,6 +153,7 @@ def build_encoder(config: EncoderConfig, rules: ShardingRules = DEFAULT_RULES) -
         init=init,
         apply=partial(_forward, config, rules, parts, block),
         axes={name: part.axes for name, part in parts.items()},
+        dtypes={name: part.dtypes for name, part in parts.items()},
     )
 
 

@@ -17,7 +17,10 @@ def forward_flops_per_token(config: DecoderConfig, seq_len: int) -> float:
     ``MLPSpec`` says itself what it takes: ``spec.flops_per_token(d_model, seq_len)``.
     """
     D = config.d_model
-    layers = sum(_part(layer.attention, D, seq_len) + _part(layer.mlp, D, seq_len) for layer in config.spec().layers())
+    layers = sum(
+        part_flops_per_token(layer.attention, D, seq_len) + part_flops_per_token(layer.mlp, D, seq_len)
+        for layer in config.spec().layers()
+    )
     heads = sum({"lm": 2 * D * config.vocab_size, "reward": 2 * D, "value": 2 * D}[head] for head in config.heads)
     return layers + heads
 
@@ -34,7 +37,8 @@ def seen_keys(seq_len: int, window: int = 0) -> float:
     return window - window * (window - 1) / (2 * seq_len)
 
 
-def _part(spec: Any, d_model: int, seq_len: int) -> float:
+def part_flops_per_token(spec: Any, d_model: int, seq_len: int) -> float:
+    """Forward FLOPs a token of one part of a layer, see ``forward_flops_per_token``."""
     if isinstance(spec, AttentionSpec):
         N, K, H = spec.num_heads, spec.num_kv_heads, spec.head_dim
         return 2 * d_model * H * (2 * N + 2 * K) + 2 * 2 * N * H * seen_keys(seq_len, spec.window)

@@ -19,32 +19,37 @@ from jaxtrain.types import Apply, Array, Params
 
 # Our own metadata key on nnx.Param: Flax's sharding metadata would apply itself behind our back.
 LOGICAL = "logical"
+COMPUTE = "compute"
 
 
-def param(value: Array, *names: str) -> nnx.Param:
-    """A parameter whose dimensions carry logical names."""
+def param(value: Array, *names: str, compute: str | None = None) -> nnx.Param:
+    """A parameter whose dimensions carry logical names.  compute: the one type that its one use casts it to."""
     assert value.ndim == len(names), f"{value.shape} named {names}"
-    return nnx.Param(value, **{LOGICAL: names})
+    return nnx.Param(value, **{LOGICAL: names, COMPUTE: compute or ""})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Functional:
-    """A module as functions: ``init(key) -> Params``, ``call(params, *args)``, and its parameters' ``axes``."""
+    """A module as functions: ``init(key) -> Params``, ``call(params, *args)``, and its parameters' ``axes`` and
+    ``dtypes``, see ``Model``."""
 
     init: Callable[[Array], Params]
     call: Callable[..., Any]
     axes: Params
+    dtypes: Params
 
 
 def functionalize(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     """Makes pure functions of the module that ``build`` returns."""
     graphdef, abstract = nnx.split(nnx.eval_shape(lambda: build(nnx.Rngs(params=jax.random.key(0)))))
     axes: Params = {}
+    dtypes: Params = {}
     for path, variable in nnx.to_flat_state(abstract):
-        node = axes
-        for key in path[:-1]:
-            node = node.setdefault(key, {})
-        node[path[-1]] = variable.get_metadata()[LOGICAL]
+        for tree, name in ((axes, LOGICAL), (dtypes, COMPUTE)):
+            node = tree
+            for key in path[:-1]:
+                node = node.setdefault(key, {})
+            node[path[-1]] = variable.get_metadata()[name]
 
     def init(key: Array) -> Params:
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(params=key)))[1])
@@ -52,13 +57,17 @@ def functionalize(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     def call(params: Params, *args: Any, **kwargs: Any) -> Any:
         return nnx.merge(graphdef, params)(*args, **kwargs)
 
-    return Functional(init=init, call=call, axes=axes)
+    return Functional(init=init, call=call, axes=axes, dtypes=dtypes)
 
 
 def stack(one: Functional, count: int) -> Functional:
     """``count`` copies with parameters stacked on a leading ``layers`` axis; ``call`` still takes one layer's."""
     axes = jax.tree.map(lambda names: ("layers", *names), one.axes, is_leaf=lambda x: isinstance(x, tuple))
-    return Functional(init=lambda key: jax.vmap(one.init)(jax.random.split(key, count)), call=one.call, axes=axes)
+
+    def init(key: Array) -> Params:
+        return jax.vmap(one.init)(jax.random.split(key, count))
+
+    return Functional(init=init, call=one.call, axes=axes, dtypes=one.dtypes)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -67,6 +76,7 @@ class Model:
 
     init: key -> Params, a plain nested dict.  apply: see ``types.Apply``.
     axes: the tree of ``init`` with tuples of logical names for leaves.
+    dtypes: the same tree with the type that a parameter's one use casts it to, "" where there is no such thing.
     balance: (old params, new params, ``Auxiliary.counts`` of a whole batch) -> new params whose routers' biases moved
         from the old ones by how unevenly experts were used; None of models that have no such biases.
     logits: of a decoder, ``(params, hidden [..., D]) -> float32 [..., V]``: what ``apply`` does to its hidden states,
@@ -78,6 +88,7 @@ class Model:
     init: Callable[[Array], Params]
     apply: Apply
     axes: Params
+    dtypes: Params
     balance: Callable[[Params, Params, Mapping[str, Array]], Params] | None = None
     logits: Callable[[Params, Array], Array] | None = None
 

@@ -14,13 +14,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.models.functional import param
 from jaxtrain.models.int8 import Int8
+from jaxtrain.sharding import Constrain
 from jaxtrain.types import Array
 
-# The names of all but the last dimension of a residual stream ``[B * T, D]`` or ``[B, T, D]``.
+# The names of all but the last dimension of what a layer computes with, ``[B * T, D]`` or ``[B, T, D]``, and of the
+# residual stream between its parts.
 ROWS = {2: ("batch",), 3: ("batch", "sequence")}
+STREAM = {2: ("tokens",), 3: ("batch", "stream_sequence")}
 
 
 def normal(rngs: nnx.Rngs, shape: Sequence[int], std: float, dtype: Any) -> Array:
@@ -44,6 +48,54 @@ class NormSpec:
         if self.kind == "layer":
             return LayerNorm(size, eps=self.eps, dtype=dtype)
         return RMSNorm(size, eps=self.eps, dtype=dtype, plus_one=self.plus_one)
+
+
+def stream(x: Array, constrain: Constrain) -> Array:
+    """The residual stream between the parts of layers, its tokens split over ``tensor`` too, where they divide.
+
+    Norms, dropout and what is kept for the backward pass are then split like all else; the sums over ``tensor`` at the
+    end of each part become reduce-scatters, and all-gathers stand before the next: as much is sent as by all-reduces
+    (Korthikanti et al., 2205.05198).
+    """
+    return constrain(x, _layouts(x, constrain)[0])
+
+
+def into_stream(x: Array, constrain: Constrain) -> Array:
+    """What a part of a layer adds to the stream (g bar of 2205.05198)."""
+    between, inside = _layouts(x, constrain)
+    return _move(constrain, between, inside, x)
+
+
+def out_of_stream(x: Array, constrain: Constrain) -> Array:
+    """What a part of a layer reads: all tokens of its rows (g of 2205.05198)."""
+    between, inside = _layouts(x, constrain)
+    return _move(constrain, inside, between, x)
+
+
+def _layouts(x: Array, constrain: Constrain) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Names of the stream's dimensions between and inside the parts of layers."""
+    rows = (*ROWS[x.ndim], "act_embed")
+    stream = (*STREAM[x.ndim], "act_embed")
+    other = constrain.ways(stream) != constrain.ways(rows)
+    return (stream if other and constrain.divides(x.shape, stream) else rows), rows
+
+
+def _move(constrain: Constrain, to: tuple[str, ...], of: tuple[str, ...], x: Array) -> Array:
+    """``x`` from one layout to another; its gradient goes back the same way."""
+    return constrain(x, to) if to == of else _moved(constrain, to, of, x)
+
+
+# Both layouts are named, in this order: where a matrix product comes out, the compiler must not choose the second for
+# it, because it then gathers the product's rows over ``fsdp`` rather than the matrix.
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _moved(constrain, to, of, x):
+    return constrain(constrain(x, of), to)
+
+
+_moved.defvjp(
+    lambda constrain, to, of, x: (constrain(constrain(x, of), to), None),
+    lambda constrain, to, of, _, d_x: (constrain(constrain(d_x, to), of),),
+)
 
 
 class RMSNorm(nnx.Module):
@@ -80,8 +132,8 @@ class Linear(nnx.Module):
     """A matrix whose dimensions are grouped: ``inputs`` are contracted, ``outputs`` appear, and may have a bias."""
 
     def __init__(self, rngs, inputs, outputs, names, *, std: float, dtype: Any, compute: Any, bias: bool = False):
-        self.kernel = param(normal(rngs, (*inputs, *outputs), std, dtype), *names)
-        self.bias = param(jnp.zeros(outputs, dtype), *names[len(inputs) :]) if bias else None
+        self.kernel = param(normal(rngs, (*inputs, *outputs), std, dtype), *names, compute=compute)
+        self.bias = param(jnp.zeros(outputs, dtype), *names[len(inputs) :], compute=compute) if bias else None
         self.num_inputs = len(inputs)
         self.compute = compute
 
@@ -138,7 +190,8 @@ class MLP(nnx.Module):
     def __call__(self, x, *, segments=None, constrain, decoding=False):
         """``[..., D] -> [..., D]``, and None: there is nothing to balance, which is what the other two are for."""
         act = ACTIVATIONS[self.activation]
-        h = act(self.gate(x)) * self.up(x) if self.gated else act(self.up(x))
+        up = checkpoint_name(self.up(x), "mlp_up")
+        h = act(checkpoint_name(self.gate(x), "mlp_gate")) * up if self.gated else act(up)
         return self.down(constrain(h, (*ROWS[h.ndim], "act_mlp"))), None
 
 

@@ -180,6 +180,7 @@ def build_seq2seq(config: Seq2SeqConfig, rules: ShardingRules = DEFAULT_RULES) -
         init=init,
         apply=partial(_forward, config, rules, parts, blocks),
         axes=jax.tree.map(lambda part: part.axes, parts, is_leaf=lambda part: isinstance(part, Functional)),
+        dtypes=jax.tree.map(lambda part: part.dtypes, parts, is_leaf=lambda part: isinstance(part, Functional)),
     )
 
 

@@ -14,6 +14,7 @@ from jaxtrain.checkpoint import read_meta
 from jaxtrain.config import PPOStage, Recipe, Samples
 from jaxtrain.config_json import hash_json, read_json, to_json, write_json
 from jaxtrain.data.datasets import TextDataset
+from jaxtrain.distributed import check_same, check_shared, from_writer, process
 from jaxtrain.models import build_model
 from jaxtrain.recipe.ppo import PPOJob
 from jaxtrain.recipe.runtime import Runtime
@@ -39,8 +40,9 @@ def run_recipe(recipe: Recipe, config_text: str, out: Path, say: Callable[[str],
     for stage in recipe.stages:
         _check_mesh(stage)
     with locked(out):
-        (out / "config.gin").write_text(config_text, encoding="utf-8")
-        write_json(out / "config.json", to_json(recipe))
+        check_shared(out)
+        check_same("configuration", hash_json(to_json(recipe)))
+        from_writer(lambda: _write_config(recipe, config_text, out))
         runtime = Runtime(recipe, out, say)
         _untrained_samples(runtime)
         summary: Summary = []
@@ -51,9 +53,18 @@ def run_recipe(recipe: Recipe, config_text: str, out: Path, say: Callable[[str],
             for row in result["evaluation"]:
                 figures = {name: row[name] for name in ("metric", "before", "after", "better")}
                 summary.append({"stage": stage.name, **figures, "seconds": result["seconds"]})
-            write_json(out / "summary.json", summary)
-            write_report(out)
+            from_writer(lambda: _write_summary(summary, out))
         return summary, failures
+
+
+def _write_config(recipe: Recipe, text: str, out: Path) -> None:
+    (out / "config.gin").write_text(text, encoding="utf-8")
+    write_json(out / "config.json", to_json(recipe))
+
+
+def _write_summary(summary: Summary, out: Path) -> None:
+    write_json(out / "summary.json", summary)
+    write_report(out)
 
 
 def _check_mesh(stage: Any) -> None:
@@ -92,14 +103,12 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
         "parents": [parent.checkpoint for parent in job.parents()],
     }
     key = hash_json(inputs)
-    result = read_json(job.folder / "result.json")
+    check_same(f"code, data or parent of stage {stage.name}", key)
+    result = from_writer(lambda: read_json(job.folder / "result.json"))
     if result is not None and result["hash"] == key:
         runtime.say(f"{stage.name}: unchanged, skipped")
         return result
 
-    claim_folder(job.folder, key)
-    write_json(job.folder / "inputs.json", {"hash": key, **inputs})
-    runtime.tokenizer.save(job.folder / "tokenizer")
     ancestry: dict[str, dict[str, str]] = {}
     for parent in job.parents():
         ancestry |= {record["hash"]: record for record in parent.ancestry}
@@ -114,26 +123,39 @@ def _run_stage(runtime: Runtime, stage: Any) -> dict[str, Any]:
         "chat": chat,
     }
 
-    before = read_json(job.folder / "before.json")
+    def begin() -> Any:
+        claim_folder(job.folder, key)
+        write_json(job.folder / "inputs.json", {"hash": key, **inputs})
+        runtime.tokenizer.save(job.folder / "tokenizer")
+        return read_json(job.folder / "before.json")
+
+    before = from_writer(begin)
     if before is None:
         before = job.figures_before()
-        write_json(job.folder / "before.json", before)
+        from_writer(lambda: write_json(job.folder / "before.json", before))
     params = job.train(meta)
     after = job.figures(params)
     # A reward model cannot write.
     wanted = runtime.recipe.samples if "lm" in stage.model.heads else Samples()
-    samples = take_samples(stage.name, job.model, params, runtime.tokenizer, wanted, chat=chat)
-    write_json(job.folder / "samples.json", samples)
+    samples = take_samples(stage.name, job.model, params, runtime.tokenizer, wanted, chat=chat, mesh=job.mesh)
 
+    def end() -> dict[str, Any]:
+        write_json(job.folder / "samples.json", samples)
+        return _write_result(runtime, stage, job, meta, before, after)
+
+    return from_writer(end)
+
+
+def _write_result(runtime: Runtime, stage: Any, job: Any, meta: Any, before: Any, after: Any) -> dict[str, Any]:
     rows = read_rows(job.folder / "metrics.jsonl")
     speeds = [row["tokens_per_second"] for row in rows if row.get("tokens_per_second")]
     result = {
         "stage": stage.name,
-        "hash": key,
+        "hash": meta["hash"],
         "checkpoint": hash_json(read_meta(job.folder / "checkpoints")["digests"]),
-        "parents": list(ancestry.values()),
+        "parents": meta["ancestry"],
         "tokenizer": runtime.tokenizer.digest,
-        "chat": chat,
+        "chat": meta["chat"],
         "steps": stage.steps,
         "seconds": rows[-1]["seconds"] if rows else 0.0,
         "tokens_per_second": float(np.median(speeds)) if speeds else None,
@@ -155,24 +177,30 @@ def _untrained_samples(runtime: Runtime) -> None:
     inputs = {"model": to_json(stage.model), "samples": to_json(samples), "seed": runtime.recipe.seed}
     key = hash_json({**inputs, "tokenizer": runtime.tokenizer.digest, "init": stage.init})
     path = stage_folder(runtime.out, "untrained") / "samples.json"
-    if (read_json(path) or {}).get("hash") == key:
+    if (from_writer(lambda: read_json(path)) or {}).get("hash") == key:
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     taken: dict[str, Any] = {"stage": "untrained", "samples": [], "next_tokens": []}
     if stage.init is None and "lm" in stage.model.heads:
         model = build_model(stage.model)
-        params = init_params(model, make_mesh(stage.mesh), runtime.recipe.seed)
-        taken = take_samples("untrained", model, params, runtime.tokenizer, samples, chat=False)
-    write_json(path, {**taken, "hash": key})
+        mesh = make_mesh(stage.mesh)
+        params = init_params(model, mesh, runtime.recipe.seed)
+        taken = take_samples("untrained", model, params, runtime.tokenizer, samples, chat=False, mesh=mesh)
+
+    def write() -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, {**taken, "hash": key})
+
+    from_writer(write)
 
 
 def environment() -> dict[str, str]:
     """Where numbers were made."""
     device = jax.devices()[0]
+    hosts = f" in {process()[1]} processes" if process()[1] > 1 else ""
     return {
         "jax": jax.__version__,
         "python": platform.python_version(),
-        "devices": f"{jax.device_count()} × {device.device_kind or device.platform}",
+        "devices": f"{jax.device_count()} × {device.device_kind or device.platform}{hosts}",
         "machine": f"{platform.system()} {platform.machine()}",
     }
 

@@ -2,39 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
+from jaxtrain import distributed
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import PPOStage
 from jaxtrain.data.loader import Loader
+from jaxtrain.distributed import Preempted
 from jaxtrain.models import Model, build_model
+from jaxtrain.recipe.learner import Learner, make_learner
 from jaxtrain.recipe.runtime import Parent, Runtime
 from jaxtrain.rl.loop import LoopState, PPOLoop, new_loop_state
 from jaxtrain.rl.rewards import ModelReward
 from jaxtrain.rl.rollout import PromptBatch
-from jaxtrain.sharding import make_mesh, put_batch
+from jaxtrain.sharding import make_mesh, put_batch, put_everywhere
 from jaxtrain.train.loop import check_streak, from_trees, state_trees
 from jaxtrain.train.metrics import MetricLog
-from jaxtrain.train.state import abstract_state, init_state
-from jaxtrain.train.step import make_train_step
+from jaxtrain.train.state import init_state
 from jaxtrain.types import Params, TrainState
 
 Figures = list[dict[str, Any]]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
-class Learner:
-    """One trained model of the loop: its step, and the state it is restored into."""
-
-    model: Model
-    tx: Any
-    target: TrainState
-    step: Any
 
 
 class PPOJob:
@@ -64,21 +56,7 @@ class PPOJob:
         return {"train": self.loader.fingerprint()}
 
     def _learner(self, model: Model, objective: Any, optimizer: Any) -> Learner:
-        updates = self.stage.ppo.updates
-        tx = optimizer.build(updates, model.shapes(), model.axes)
-        target = abstract_state(model, tx, self.mesh)
-        step = make_train_step(
-            model.apply,
-            objective,
-            tx,
-            accumulate=self.stage.accumulate,
-            clip_norm=self.stage.clip_norm,
-            learning_rate=lambda done: optimizer.learning_rate(done, updates),
-            balance=model.balance,
-            mesh=self.mesh,
-            shardings=jax.tree.map(lambda x: x.sharding, target),
-        )
-        return Learner(model=model, tx=tx, target=target, step=step)
+        return make_learner(self.stage, model, objective, optimizer, updates=self.stage.ppo.updates, mesh=self.mesh)
 
     @functools.cached_property
     def policy(self) -> Learner:
@@ -151,10 +129,10 @@ class PPOJob:
                 trees = found[1]
                 policy = from_trees({"params": trees["params"], "rest": trees["rest"]})
                 critic = self.critic and from_trees({"params": trees["critic_params"], "rest": trees["critic_rest"]})
-                state = LoopState(**trees["loop"])
+                state = LoopState(**{name: jnp.asarray(distributed.fetch(x)) for name, x in trees["loop"].items()})
                 self.runtime.say(f"{stage.name}: continuing after iteration {found[0]}")
             start = int(state.iteration)
-            with MetricLog(self.folder, start=start, steps=stage.steps, title=stage.name) as log:
+            with distributed.loop(), MetricLog(self.folder, start=start, steps=stage.steps, title=stage.name) as log:
                 for number in range(start + 1, stage.steps + 1):
                     began = log.seconds()
                     policy, critic, state, metrics = self.loop.iterate(policy, critic, state)
@@ -165,17 +143,22 @@ class PPOJob:
                     if critic is not None:
                         own = {name: metrics[f"critic/{name}"] for name in ("streak", "loss", "grad_norm")}
                         check_streak(own, number, stage.max_skipped)
-                    if number == stage.steps or (stage.checkpoint_every and number % stage.checkpoint_every == 0):
+                    leaving = distributed.preempted()
+                    due = stage.checkpoint_every and number % stage.checkpoint_every == 0
+                    if leaving or due or number == stage.steps:
                         log.sync()
                         checkpoints.save(number, self._trees(policy, critic, state), meta)
+                    if leaving:
+                        checkpoints.wait()
+                        raise Preempted(f"{stage.name}: iteration {number} of {stage.steps} is saved")
             checkpoints.wait()
         finally:
             checkpoints.close()
         return policy.params
 
-    @staticmethod
-    def _trees(policy: TrainState, critic: TrainState | None, state: LoopState) -> dict[str, Any]:
-        trees = state_trees(policy) | {"loop": {"iteration": state.iteration, "kl_coef": state.kl_coef}}
+    def _trees(self, policy: TrainState, critic: TrainState | None, state: LoopState) -> dict[str, Any]:
+        loop = {"iteration": state.iteration, "kl_coef": state.kl_coef}
+        trees = state_trees(policy) | {"loop": put_everywhere(loop, self.mesh)}
         if critic is not None:
             trees |= {f"critic_{name}": tree for name, tree in state_trees(critic).items()}
         return trees

@@ -16,9 +16,10 @@ from jaxtrain.checkpoint import load_params
 from jaxtrain.config import Recipe
 from jaxtrain.config_json import hash_json, read_json, to_json, write_json
 from jaxtrain.config_model import read_model_config
-from jaxtrain.data.datasets import Prepared
+from jaxtrain.data.datasets import Prepared, open_prepared
 from jaxtrain.data.tokenizer import SavedTokenizer, SentencePieceBPE, load_tokenizer
 from jaxtrain.data.tokenizer_base import TextTokenizer
+from jaxtrain.distributed import check_same, writer_first
 from jaxtrain.models import DecoderConfig, Model, build_model
 from jaxtrain.recipe.workspace import code_version, stage_folder
 from jaxtrain.train.state import abstract_params, init_params
@@ -45,7 +46,10 @@ class Runtime:
 
     def __init__(self, recipe: Recipe, out: Path, say: Callable[[str], None]):
         self.recipe, self.out, self.say = recipe, out, say
-        self.tokenizer = self._tokenizer(recipe.tokenizer)
+        self.tokenizer: TextTokenizer = writer_first(
+            lambda: self._tokenizer(recipe.tokenizer), lambda: load_tokenizer(out / "tokenizer")
+        )
+        check_same("tokenizer", self.tokenizer.digest)
         self._prepared: dict[Any, Prepared] = {}
 
     @functools.cached_property
@@ -77,8 +81,12 @@ class Runtime:
         if dataset not in self._prepared:
             key = hash_json({"data": to_json(dataset), "tokenizer": self.tokenizer.digest})[:12]
             folder = self.out / "data" / f"{type(dataset).__name__}-{key}"
-            folder.parent.mkdir(parents=True, exist_ok=True)
-            self._prepared[dataset] = dataset.prepare(self.tokenizer, folder)
+
+            def make() -> Prepared:
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                return dataset.prepare(self.tokenizer, folder)
+
+            self._prepared[dataset] = writer_first(make, lambda: open_prepared(folder))
         return self._prepared[dataset]
 
     def folder(self, name: str) -> Path:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax.sharding import Mesh
+
 from jaxtrain.config import Samples
 from jaxtrain.data.chat import prompt_ids
 from jaxtrain.data.tokenizer_base import TextTokenizer
@@ -14,9 +16,12 @@ from jaxtrain.types import Params
 
 
 def take_samples(
-    stage: str, model: Model, params: Params, tokenizer: TextTokenizer, samples: Samples, *, chat: bool
+    stage: str, model: Model, params: Params, tokenizer: TextTokenizer, samples: Samples, *, chat: bool, mesh: Mesh
 ) -> dict[str, Any]:
-    """The record of ``samples.json``.  chat: wrap prompts as turns; otherwise the model continues their text."""
+    """The record of ``samples.json``.  chat: wrap prompts as turns; otherwise the model continues their text.
+
+    mesh: where the parameters live.
+    """
 
     def encode(text: str) -> list[int]:
         return prompt_ids(tokenizer, text).tolist() if chat else tokenizer.text_ids(text)
@@ -31,6 +36,7 @@ def take_samples(
             sampling=Sampling(temperature=0.0, stop_ids=tokenizer.stop_ids),
             max_new_tokens=samples.max_new_tokens,
             encode=encode,
+            mesh=mesh,
         )
         shown = [{"prompt": p, "completion": c.text} for p, c in zip(samples.prompts, completions, strict=True)]
     likely: list[dict[str, Any]] = []
@@ -44,6 +50,7 @@ def take_samples(
             max_new_tokens=1,
             encode=tokenizer.text_ids,
             top=samples.top,
+            mesh=mesh,
         )
         for text, completion in zip(samples.next_token_prompts, completions, strict=True):
             pairs = [[piece, probability] for piece, _, probability in completion.steps[0].top]

@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 
+from jaxtrain import distributed
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Stage
 from jaxtrain.data.loader import Loader, sequential_batches
 from jaxtrain.evaluate.heldout import BitsPerByte, ByteLoss, Measure, evaluate, make_eval_step
 from jaxtrain.models import build_model
 from jaxtrain.objectives.dpo import DPO, add_reference
+from jaxtrain.recipe.learner import Learner, make_learner
 from jaxtrain.recipe.runtime import Parent, Runtime
-from jaxtrain.sharding import make_mesh, put_batch
+from jaxtrain.sharding import local_rows, make_mesh, put_batch
 from jaxtrain.train.loop import fit, from_trees, state_trees
 from jaxtrain.train.metrics import MetricLog
-from jaxtrain.train.state import abstract_state, init_state
-from jaxtrain.train.step import in_mesh, make_train_step
+from jaxtrain.train.state import init_state
+from jaxtrain.train.step import in_mesh
 from jaxtrain.types import Pairs, Params
 
 Figures = list[dict[str, Any]]
@@ -47,6 +49,7 @@ class SupervisedJob:
             seed=runtime.recipe.seed,
             to_batch=stage.data.batch,
         )
+        self.rows = local_rows(stage.batch_size, self.mesh)
 
     @property
     def needs_reference(self) -> bool:
@@ -61,8 +64,9 @@ class SupervisedJob:
         return {"train": self.loader.fingerprint(), "evaluation": others}
 
     @functools.cached_property
-    def optimizer(self):
-        return self.stage.optimizer.build(self.stage.steps, self.model.shapes(), self.model.axes)
+    def learner(self) -> Learner:
+        stage = self.stage
+        return make_learner(stage, self.model, stage.objective, stage.optimizer, updates=stage.steps, mesh=self.mesh)
 
     @functools.cached_property
     def _reference(self) -> Callable[[Any], Any]:
@@ -73,8 +77,9 @@ class SupervisedJob:
         return lambda batch: call(params, batch)
 
     def place(self, batch: Any) -> Any:
-        """A NumPy batch on the mesh, with the reference's log-probabilities where the objective reads them."""
-        batch = put_batch(batch, self.mesh)
+        """This host's rows of a batch as a whole one on the mesh, with the reference's log-probabilities where the
+        objective reads them."""
+        batch = put_batch(batch, self.mesh, count=self.stage.batch_size)
         return self._reference(batch) if isinstance(batch, Pairs) else batch
 
     def first_params(self) -> Params:
@@ -83,19 +88,7 @@ class SupervisedJob:
 
     def train(self, meta: dict[str, Any]) -> Params:
         """Trains to the end, from the newest checkpoint if there is one, and returns the last parameters."""
-        stage, tx = self.stage, self.optimizer
-        target = abstract_state(self.model, tx, self.mesh)
-        step = make_train_step(
-            self.model.apply,
-            stage.objective,
-            tx,
-            accumulate=stage.accumulate,
-            clip_norm=stage.clip_norm,
-            learning_rate=lambda done: stage.optimizer.learning_rate(done, stage.steps),
-            balance=self.model.balance,
-            mesh=self.mesh,
-            shardings=jax.tree.map(lambda x: x.sharding, target),
-        )
+        stage, tx, target = self.stage, self.learner.tx, self.learner.target
         checkpoints = Checkpoints(self.folder / "checkpoints", keep=stage.keep)
         try:
             found = checkpoints.restore_latest(state_trees(target), {"model": meta["model"], "hash": meta["hash"]})
@@ -106,11 +99,11 @@ class SupervisedJob:
                 self.runtime.say(f"{stage.name}: continuing after step {start}")
             with MetricLog(self.folder, start=start, steps=stage.steps, title=stage.name) as log:
                 state = fit(
-                    step=step,
+                    step=self.learner.step,
                     state=state,
                     start=start,
                     steps=stage.steps,
-                    load=self.loader.batch,
+                    load=functools.partial(self.loader.batch, rows=self.rows),
                     place=self.place,
                     checkpoints=checkpoints,
                     meta=meta,
@@ -146,12 +139,7 @@ class SupervisedJob:
             values = evaluate(
                 self._eval_step(number, config if fits else self.stage.model),
                 params,
-                (
-                    self.place(batch)
-                    for batch in sequential_batches(
-                        self.runtime.prepare(dataset).heldout, self.stage.batch_size, dataset.batch
-                    )
-                ),
+                self._heldout(dataset),
                 evaluation.max_batches,
             )
             measures = (
@@ -169,6 +157,12 @@ class SupervisedJob:
                 row = {"metric": measure.label, "value": value, "better": measure.better, "required": measure.required}
                 rows.append(row)
         return rows
+
+    def _heldout(self, dataset: Any) -> Iterator[Any]:
+        source = self.runtime.prepare(dataset).heldout
+        for number, batch in enumerate(sequential_batches(source, self.stage.batch_size, dataset.batch, self.rows)):
+            yield self.place(batch)
+            distributed.beat(compiling=number == 0)
 
     @functools.cache  # noqa: B019  (a job lives as long as its stage)
     def _eval_step(self, number: int, config: Any):

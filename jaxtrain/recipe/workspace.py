@@ -11,10 +11,20 @@ from pathlib import Path
 
 import jaxtrain
 from jaxtrain.config_json import read_json
+from jaxtrain.distributed import is_writer
 
 # Changing these changes no number of a finished stage, so they are no part of the code version.  (What was imported is
 # known by its digests.)
-PRESENTATION = ("report", "interop", "main.py", "commands.py", "gin_edge.py", "config_text.py", "config_build.py")
+PRESENTATION = (
+    "report",
+    "plan",
+    "interop",
+    "main.py",
+    "commands.py",
+    "gin_edge.py",
+    "config_text.py",
+    "config_build.py",
+)
 
 
 def code_version() -> str:
@@ -30,7 +40,13 @@ def code_version() -> str:
 
 @contextlib.contextmanager
 def locked(out: Path) -> Iterator[None]:
-    """Holds the run's folder; raises ValueError when another process does.  A killed holder lets go by itself."""
+    """Holds the run's folder; raises ValueError when another run does.  A killed holder lets go by itself.
+
+    Of a run's processes the one that writes its files holds it.
+    """
+    if not is_writer():
+        yield
+        return
     out.mkdir(parents=True, exist_ok=True)
     with (out / ".lock").open("w") as file:
         try:

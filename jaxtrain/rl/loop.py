@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxtrain.distributed import beat, fetch
 from jaxtrain.generate.sampling import Sampling
 from jaxtrain.rl.advantages import updated_kl_coef
 from jaxtrain.rl.config import PPOConfig
@@ -29,7 +30,6 @@ from jaxtrain.rl.rollout import (
     completion_ids,
     completion_tokens,
     estimate_advantages,
-    fetch,
     gate_difference,
     make_sampler,
     prompt_lists,
@@ -105,6 +105,7 @@ class PPOLoop:
         self.sampler = make_sampler(policy, sampling, config.max_new_tokens, slots=config.sampler_slots, mesh=mesh)
         self.rollout_key, self.normalise_key = jax.random.split(jax.random.key(seed))
         self.normalised = not any(isinstance(reward, ModelReward) for reward in self.rewards)
+        self.compiling = True
 
     def iterate(
         self, policy: TrainState, critic: TrainState | None, state: LoopState
@@ -119,6 +120,7 @@ class PPOLoop:
             self.normalise_rewards()
             rollout, metrics = self.make_rollout(policy.params, critic and critic.params, iteration, state.kl_coef)
             policy, critic, updates = self.update(policy, critic, rollout, iteration)
+        self.compiling = False
         kl_coef = state.kl_coef
         metrics["objective/kl_coef"] = float(kl_coef)
         if self.config.kl_target is not None:
@@ -144,7 +146,9 @@ class PPOLoop:
                 f"iteration {iteration} has {len(lengths)} prompts, the shortest of {lengths.min(initial=0)}"
                 f" tokens; PPO needs {self.config.prompts_per_iteration} of at least 1 token each"
             )
-        return prompts, self.sampler(params, prompts.ids, lengths, jax.random.fold_in(key, iteration))
+        generated = self.sampler(params, prompts.ids, lengths, jax.random.fold_in(key, iteration))
+        beat(compiling=self.compiling)
+        return prompts, generated
 
     def normalise_rewards(self) -> None:
         """Sets the reward models' shift and gain from the reference policy's samples: a pure function."""
@@ -180,6 +184,7 @@ class PPOLoop:
                 place=self.place,
             )
             logps, reference = scored(self.policy, params)[0], scored(self.policy, self.reference_params)[0]
+        beat(compiling=self.compiling)
         counted = jax.tree.map(lambda x: x[:count], generated)
         some = dataclasses.replace(
             prompts,
@@ -206,6 +211,7 @@ class PPOLoop:
         if self.critic is not None:
             values = scored(self.critic, critic)[1]
         reference_logps, _ = scored(self.policy, self.reference_params)
+        beat(compiling=self.compiling)
 
         mean, maximum = gate_difference(sampler_logps(generated, tokens), old_logps, tokens.weights)
         if iteration == 0:
@@ -273,6 +279,7 @@ class PPOLoop:
                 if self.critic_step is not None:
                     critic, metrics = self.critic_step(critic, minibatch)
                     steps[-1] |= {name if "/" in name else f"critic/{name}": x for name, x in metrics.items()}
+                beat(compiling=self.compiling)
             steps = [{name: float(value) for name, value in step.items()} for step in jax.device_get(steps)]
             history += steps
             epochs += 1

@@ -7,6 +7,10 @@ prompts, completions: decoded text, without control tokens.
 completion_ids: the sampled ids, the stop token included.
 rows: the other columns of the prompt's row, and always ``prompt_ids`` (list of int) and ``stopped`` (bool:
     the completion ended with a stop token and was not cut off).
+
+Several processes each call a reward with their share of the completions, so that one's number must not depend on the
+others.  Only a reward with a true attribute ``collective``, which computes on the devices of all processes, is called
+with all completions in each.
 """
 
 from __future__ import annotations
@@ -17,13 +21,13 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.rl.rollout import fetch
+from jaxtrain.distributed import fetch, gather, share
 from jaxtrain.types import Params, Tokens
 
 
@@ -126,6 +130,7 @@ class ModelReward:
     shift: float = 0.0
     gain: float = 1.0
     name: str = "model"
+    collective: ClassVar[bool] = True
     place: Callable[[Any], Any] = lambda batch: batch
 
     def __post_init__(self):
@@ -216,30 +221,46 @@ def score_completions(
     total = np.zeros(len(completions), np.float64)
     applicable = np.zeros(len(completions), bool)
     metrics: dict[str, float] = {}
+    columns = (prompts, completions, completion_ids, rows)
     for name, reward, weight in zip(reward_names(rewards), rewards, weights, strict=True):
-        scores = list(reward(prompts, completions, completion_ids, rows))
-        if len(scores) != len(completions):
-            raise ValueError(
-                f"the reward {name} returned {len(scores)} scores for {len(completions)} completions; it"
-                " must return one for each (None where it does not apply)"
-            )
-        valid = []
-        for i, score in enumerate(scores):
-            if score is None:
-                continue
-            try:
-                number = float(score)
-            except (TypeError, ValueError):
-                number = math.nan
-            if not math.isfinite(number):
-                raise ValueError(
-                    f"the reward {name} returned {score!r} for row {i}; a score must be a finite number, or"
-                    f" None where the reward does not apply. The completion: {completions[i]!r}"
-                )
-            valid.append(number)
-            total[i] += weight * number
-            applicable[i] = True
-        if valid:
-            metrics[f"rewards/{name}/mean"] = float(np.mean(valid))
-            metrics[f"rewards/{name}/std"] = float(np.std(valid))
+        if getattr(reward, "collective", False):
+            scores = _checked_scores(name, reward, columns, 0)
+        else:
+            own = share(len(completions))
+            part = _checked_scores(name, reward, tuple(column[own] for column in columns), own.start)
+            scores = gather(part, len(completions))
+        valid = ~np.isnan(scores)
+        total[valid] += weight * scores[valid]
+        applicable |= valid
+        if valid.any():
+            metrics[f"rewards/{name}/mean"] = float(np.mean(scores[valid]))
+            metrics[f"rewards/{name}/std"] = float(np.std(scores[valid]))
     return total.astype(np.float32), applicable, metrics
+
+
+def _checked_scores(name: str, reward: Reward, columns: tuple[Sequence[Any], ...], first: int) -> np.ndarray:
+    """The reward's scores of some rows, float64 with NaN for None; ``first`` is the number of the first of them."""
+    completions = columns[1]
+    if not len(completions):
+        return np.zeros(0)
+    scores = list(reward(*columns))
+    if len(scores) != len(completions):
+        raise ValueError(
+            f"the reward {name} returned {len(scores)} scores for {len(completions)} completions; it"
+            " must return one for each (None where it does not apply)"
+        )
+    numbers = np.full(len(scores), np.nan)
+    for i, score in enumerate(scores):
+        if score is None:
+            continue
+        try:
+            number = float(score)
+        except (TypeError, ValueError):
+            number = math.nan
+        if not math.isfinite(number):
+            raise ValueError(
+                f"the reward {name} returned {score!r} for row {first + i}; a score must be a finite number, or"
+                f" None where the reward does not apply. The completion: {completions[i]!r}"
+            )
+        numbers[i] = number
+    return numbers

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxtrain.distributed import fetch
 from jaxtrain.generate.engine import Engine, split_keys
 from jaxtrain.generate.sampling import Sampling
 from jaxtrain.objectives.common import kl_estimate, token_logps, weighted_total
@@ -65,15 +66,6 @@ def prompt_lists(ids: Array, lengths: Array) -> list[list[int]]:
     """Rows padded on the left, without their padding."""
     ids, lengths = np.asarray(ids), np.asarray(lengths)
     return [row[len(row) - length :].tolist() for row, length in zip(ids, lengths, strict=True)]
-
-
-def fetch(array: Array) -> np.ndarray:
-    """A global array's values on every host."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        from jax.experimental import multihost_utils
-
-        return np.asarray(multihost_utils.process_allgather(array, tiled=True))
-    return np.asarray(array)
 
 
 def make_sampler(
@@ -141,7 +133,8 @@ def completion_tokens(prompts: PromptBatch, generated: Generated) -> Tokens:
 
 
 @partial(jax.jit, static_argnames=("apply", "temperature"))
-def _score(apply, temperature: float, params: Params, tokens: Tokens) -> tuple[Array | None, Array | None]:
+def score_rows(apply, temperature: float, params: Params, tokens: Tokens) -> tuple[Array | None, Array | None]:
+    """What ``score`` computes of the rows of one call, on the devices."""
     outputs = apply(params, tokens)
     logps = None
     if outputs.lm is not None:
@@ -164,7 +157,7 @@ def score(
     of the same shapes.  None for a head the model lacks.
     """
     parts = [
-        _score(model.apply, temperature, params, place(take_rows(tokens, chunk, rows)))
+        score_rows(model.apply, temperature, params, place(take_rows(tokens, chunk, rows)))
         for chunk in chunks(np.arange(len(tokens.ids)), rows)
     ]
     logps, values = (None if one[0] is None else [fetch(x) for x in one] for one in zip(*parts, strict=True))

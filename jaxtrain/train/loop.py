@@ -8,9 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
+from jaxtrain import distributed
 from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.distributed import Preempted
 from jaxtrain.train.metrics import MetricLog
 from jaxtrain.train.step import Step
 from jaxtrain.types import TrainState
@@ -36,10 +38,13 @@ def to_floats(metrics: dict[str, Any]) -> dict[str, float]:
     return {name: float(value) for name, value in jax.device_get(metrics).items()}
 
 
-def count_tokens(batch: Any) -> int:
-    """Tokens of a NumPy batch that are not padding."""
+@jax.jit
+def count_tokens(batch: Any) -> jax.Array:
+    """Tokens of a batch that are not padding, on all hosts together: int32."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
-    return sum(int(np.count_nonzero(leaf)) for path, leaf in leaves if str(path[-1]).strip(".") == "segments")
+    return sum(
+        (jnp.count_nonzero(leaf) for path, leaf in leaves if str(path[-1]).strip(".") == "segments"), jnp.int32(0)
+    )
 
 
 def check_streak(values: dict[str, float], step: int, max_streak: int) -> None:
@@ -70,13 +75,16 @@ def fit(
 ) -> TrainState:
     """Trains from update ``start`` to ``steps`` and returns the last state, saved.
 
-    load: update number -> NumPy batch, a pure function, called one update ahead on a thread of its own.
+    Raises Preempted, with the state saved, when the machine is taken away (see ``distributed.preempted``).
+
+    load: update number -> NumPy batch (this host's rows of it), a pure function, called one update ahead on a thread of
+        its own.
     place: NumPy batch -> global arrays (and whatever else the objective needs computed, such as a reference).
     meta: the record stored with every checkpoint.
     evaluate: parameters -> held-out metrics, logged under "eval/" every ``evaluate_every`` updates.
     checkpoint_every: 0 saves only the last state.
     """
-    pending: tuple[int, dict[str, Any], int] | None = None
+    pending: tuple[int, dict[str, Any]] | None = None
     clock = time.perf_counter()
 
     def flush() -> None:
@@ -84,25 +92,28 @@ def fit(
         nonlocal pending, clock
         if pending is None:
             return
-        number, metrics, tokens = pending
+        number, metrics = pending
         pending = None
         values = to_floats(metrics)
         now = time.perf_counter()
-        values["tokens_per_second"] = tokens / max(now - clock, 1e-9)
+        values["tokens_per_second"] = values.pop("tokens_per_second") / max(now - clock, 1e-9)
         clock = now
         log.write(number, values)
         check_streak(values, number, max_streak)
 
-    with ThreadPoolExecutor(1) as pool:
+    with ThreadPoolExecutor(1) as pool, distributed.loop():
         ahead = pool.submit(load, start) if start < steps else None
         for number in range(start + 1, steps + 1):
             batch = ahead.result()
             if number < steps:
                 ahead = pool.submit(load, number)
-            state, metrics = step(state, place(batch))
+            batch = place(batch)
+            state, metrics = step(state, batch)
             flush()
-            pending = (number, metrics, count_tokens(batch))
-            saving = number == steps or (checkpoint_every and number % checkpoint_every == 0)
+            distributed.beat(compiling=number == start + 1)
+            pending = (number, metrics | {"tokens_per_second": count_tokens(batch)})
+            leaving = distributed.preempted()
+            saving = leaving or number == steps or (checkpoint_every and number % checkpoint_every == 0)
             evaluating = evaluate is not None and evaluate_every and number % evaluate_every == 0
             if saving or evaluating:
                 flush()
@@ -111,6 +122,9 @@ def fit(
             if saving:
                 log.sync()
                 checkpoints.save(number, state_trees(state), meta)
+            if leaving:
+                checkpoints.wait()
+                raise Preempted(f"step {number} of {steps} is saved")
             if saving or evaluating:
                 clock = time.perf_counter()
     if start == 0 and steps == 0:

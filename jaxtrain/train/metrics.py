@@ -14,6 +14,8 @@ from typing import Any
 from tensorboardX import SummaryWriter
 from tqdm import tqdm
 
+from jaxtrain.distributed import is_writer
+
 
 def read_rows(path: Path | str) -> list[dict[str, Any]]:
     """The rows of a metrics.jsonl.  A last line cut short by a kill is dropped."""
@@ -32,10 +34,16 @@ def read_rows(path: Path | str) -> list[dict[str, Any]]:
 
 
 class MetricLog:
-    """Appends one row per logged step.  A resumed run first drops the rows that its checkpoint does not know."""
+    """Appends one row per logged step.  A resumed run first drops the rows that its checkpoint does not know.
+
+    Of several processes only the first writes.
+    """
 
     def __init__(self, directory: Path | str, *, start: int, steps: int, title: str, unit: str = "tok"):
         """``start``: updates already made (0 for a fresh run).  ``steps``: updates in all."""
+        self._began, self.earlier_seconds, self._writing = time.perf_counter(), 0.0, is_writer()
+        if not self._writing:
+            return
         directory = Path(directory)
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / "metrics.jsonl"
@@ -46,7 +54,6 @@ class MetricLog:
         self.earlier_seconds = rows[-1]["seconds"] if rows else 0.0
         self._file = self.path.open("a", encoding="utf-8")
         self._events = SummaryWriter(str(directory / "events"), purge_step=start + 1 if start else None)
-        self._began = time.perf_counter()
         self._unit = unit
         self._bar = tqdm(
             total=steps,
@@ -64,6 +71,8 @@ class MetricLog:
 
     def write(self, step: int, values: Mapping[str, float], *, advance: bool = True) -> None:
         """One row.  NaN and Inf become null: JSON has no word for them."""
+        if not self._writing:
+            return
         row = {"step": step, **values, "seconds": round(self.seconds(), 3)}
         row = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
         self._file.write(json.dumps(row) + "\n")
@@ -79,11 +88,15 @@ class MetricLog:
 
     def sync(self) -> None:
         """Makes the rows durable: a checkpoint must never know steps that the log lost."""
+        if not self._writing:
+            return
         self._file.flush()
         os.fsync(self._file.fileno())
         self._events.flush()
 
     def close(self) -> None:
+        if not self._writing:
+            return
         self.sync()
         self._file.close()
         self._events.close()

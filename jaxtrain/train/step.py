@@ -12,6 +12,7 @@ import optax
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh
 
+from jaxtrain.train.zero import Gather
 from jaxtrain.types import Apply, Array, Auxiliary, Loss, Objective, Sum, TrainState
 
 Step = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
@@ -80,7 +81,13 @@ def _added(dicts: list[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def loss_and_grads(
-    apply: Apply, objective: Objective, params: Any, batch: Any, rng: Array, accumulate: int = 1
+    apply: Apply,
+    objective: Objective,
+    params: Any,
+    batch: Any,
+    rng: Array,
+    accumulate: int = 1,
+    gather: Gather | None = None,
 ) -> tuple[Loss, Any]:
     """The summed loss and the gradient of the *sum*, over ``accumulate`` microbatches.
 
@@ -90,7 +97,11 @@ def loss_and_grads(
     What a model wants of any objective in training (``Outputs.auxiliary``: balance of experts, multi-token prediction)
     is added here, see ``with_auxiliary``.  A loss of balance is a product of means and so not a sum over tokens: it is
     taken of each microbatch (over all its devices), and counts as much as the objective's weight in it.
+
+    gather: see ``zero``.
     """
+    if gather is not None:
+        params = gather.params(params)
 
     def total(params, micro, rng):
         loss = with_auxiliary(apply, objective, params, micro, rng)
@@ -98,10 +109,15 @@ def loss_and_grads(
 
     def once(micro, rng):
         grads, loss = jax.grad(total, has_aux=True)(params, micro, rng)
-        return jax.tree.map(lambda x: x.astype(jnp.float32), (loss, grads))
+        loss, grads = jax.tree.map(lambda x: x.astype(jnp.float32), (loss, grads))
+        return loss, grads if gather is None else gather.microbatch(grads)
+
+    def done(sums):
+        loss, grads = sums
+        return loss, grads if gather is None else gather.sums(grads)
 
     if accumulate == 1:
-        return once(batch, jax.random.fold_in(rng, 0))
+        return done(once(batch, jax.random.fold_in(rng, 0)))
     micros = split_rows(batch, accumulate)
     shapes = jax.eval_shape(once, jax.tree.map(lambda x: x[0], micros), rng)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -111,7 +127,7 @@ def loss_and_grads(
         new = once(micro, jax.random.fold_in(rng, number))
         return jax.tree.map(jnp.add, sums, new), None
 
-    return jax.lax.scan(body, zeros, (jnp.arange(accumulate), micros))[0]
+    return done(jax.lax.scan(body, zeros, (jnp.arange(accumulate), micros))[0])
 
 
 def make_train_step(
@@ -125,6 +141,7 @@ def make_train_step(
     balance: Callable[[Any, Any, Any], Any] | None = None,
     mesh: Mesh | None = None,
     shardings: TrainState | None = None,
+    gather: Gather | None = None,
 ) -> Step:
     """Builds ``step(state, batch) -> (state, metrics)``, jitted, with the old state donated.
 
@@ -136,6 +153,7 @@ def make_train_step(
     balance: ``Model.balance``, for models whose routers' biases are moved by the loads of the whole batch rather than
         by a gradient.  A skipped step leaves them too.
     mesh, shardings: where the state lives; the result stays there.
+    gather: what is made whole for the time of the step, see ``zero``.
     metrics: float32 scalars: every metric of the objective divided by its own weight, "loss" (what is minimised,
         where the objective has no metric of that name), "weight" (tokens, pairs or sequences behind it), "grad_norm"
         (before clipping), "skipped", "streak", "learning_rate", and the model's own ("moe/…", "mtp/…").
@@ -147,7 +165,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         rng = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
-        loss, grads = loss_and_grads(apply, objective, state.params, batch, rng, accumulate)
+        loss, grads = loss_and_grads(apply, objective, state.params, batch, rng, accumulate, gather)
 
         per_weight = jnp.where(loss.weight != 0, 1 / jnp.where(loss.weight != 0, loss.weight, 1), 0.0)
         grad_norm = optax.tree.norm(grads) * per_weight

@@ -87,6 +87,36 @@ def test_sequential_batches_show_each_record_once_and_pad_the_last():
     assert list(sequential_batches(Numbers(4), 2, to_batch)) == [[1, 2], [3, 4]]
 
 
+class Watched(Numbers):
+    """Remembers which records were read."""
+
+    def __init__(self, count):
+        super().__init__(count)
+        self.read = []
+
+    def __getitem__(self, index):
+        self.read.append(int(index) + 1)
+        return super().__getitem__(index)
+
+
+def test_a_host_reads_its_own_rows_and_no_others():
+    whole = loader(batch_size=6)
+    source = Watched(23)
+    mine = Loader(source=source, batch_size=6, seed=0, to_batch=to_batch)
+    for step in (0, 3, 9):
+        source.read.clear()
+        assert (
+            mine.batch(step, rows=np.array([1, 2, 5])) == [whole.batch(step)[row] for row in (1, 2, 5)] == source.read
+        )
+
+
+def test_a_host_evaluates_on_its_own_rows():
+    source = Watched(7)
+    assert list(sequential_batches(source, 4, to_batch, rows=[2, 3])) == [[3, 4], [7, 0]]
+    assert sorted(set(source.read)) == [1, 3, 4, 7]  # the first for the shape of what fills the last batch up
+    assert list(sequential_batches(Numbers(5), 4, to_batch, rows=[2, 3])) == [[3, 4], [0, 0]]
+
+
 def test_mistakes_are_named():
     with pytest.raises(ValueError, match="has no records"):
         loader(count=0)

@@ -175,7 +175,7 @@ def test_sources_that_are_no_sources(tmp_path, hf_folder):
 def test_nothing_is_left_behind_by_a_refused_source(hf_folder, tmp_path, capsys):
     """And the command says why in one line."""
     folder = hf_folder(fields={"model_type": "mamba9"})
-    assert main(["import", str(folder), "--out", str(tmp_path / "in")]) == 2
+    assert main(["import", str(folder), "--out", str(tmp_path / "in")]) == 43
     error = capsys.readouterr().err
     assert error.startswith("jaxtrain: error:") and error.count("\n") == 1 and "mamba9" in error
     assert not (tmp_path / "in").exists()

@@ -31,7 +31,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jaxtrain.kernels.attention import tpu
+from jaxtrain.kernels.attention import api, tpu
 from jaxtrain.kernels.attention.flash import flash
 from jaxtrain.kernels.attention.masks import Spec, make_marks, visible_share
 from jaxtrain.kernels.target import target
@@ -39,6 +39,7 @@ from jaxtrain.sharding import AXES
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 DEFAULTS = dict(B=1, N=2, K=1, S=None, V=None, dtype="bfloat16", causal=True, window=0, softcap=0.0, tiles=None)
+DEFAULTS |= dict(decode=False)  # T queries over a cache of S slots, forward only
 
 
 def compile_case(case: dict) -> dict:
@@ -68,12 +69,15 @@ def compile_case(case: dict) -> dict:
     shapes = (B, N, T, H), (B, K, S, H), (B, K, S, V), (B, N, T, V)
     arguments = [like(*shape, dtype=dtype) for shape in shapes]
     arguments += [like(B, length) for length in (T, S, T, S)]  # positions, then segments, of queries and of keys
+    if case["decode"]:
+        run = api.decode_attention
+        arguments = [like(B, T, N, H, dtype=dtype), *arguments[1:3], like(B, T, S, dtype=jnp.bool_)]
     with jax.set_mesh(mesh):
         assert target()[0] == "tpu", target()
         compiled = jax.jit(run).lower(*arguments).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return {
-        "kernels": sorted(set(re.findall(r"flash_(?:forward|dq|dkv|backward)", text))),
+        "kernels": sorted(set(re.findall(r"flash_(?:forward|dq|dkv|backward)|decode_attention", text))),
         "calls": text.count('custom_call_target="tpu_custom_call"'),
         "temporaries": memory.temp_size_in_bytes,
         "arguments": memory.argument_size_in_bytes,

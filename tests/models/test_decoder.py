@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,9 @@ import numpy as np
 import pytest
 
 from jaxtrain.models import DecoderConfig, Rope, build_model, init_cache
+from jaxtrain.models.decoder_config import REMAT_NAMES
 from jaxtrain.models.flops import forward_flops_per_token, seen_keys, train_flops_per_token
+from jaxtrain.models.gemma2 import Gemma2Config
 from jaxtrain.sharding import MeshConfig, make_mesh
 from jaxtrain.types import Tokens
 
@@ -167,7 +170,21 @@ def values_and_grads(packed):
     return compute
 
 
-@pytest.mark.parametrize("changes", [{"remat": "dots"}, {"remat": "full"}, {"scan_unroll": 2}], ids=str)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"remat": "dots"},
+        {"remat": "full"},
+        {
+            "remat": "full",
+            "remat_save": ("attention", "mlp_up"),
+            "remat_offload": ("stream", "query"),
+            "attention": "blocked",
+        },
+        {"scan_unroll": 2},
+    ],
+    ids=str,
+)
 def test_how_layers_are_compiled_changes_no_number(changes, values_and_grads):
     value, grads = values_and_grads()
     found, found_grads = values_and_grads(**changes)
@@ -185,6 +202,30 @@ def test_remat_recomputes_what_its_policy_says(packed):
         return str(jax.make_jaxpr(gradient)(random_params(model))).count("dot_general")
 
     assert products("none") < products("dots") < products("full")
+
+
+@pytest.fixture(scope="module")
+def remat_program(packed):
+    """(backend, remat_save, remat_offload) -> the text of a gradient, of layers that normalise before and after."""
+
+    @functools.cache
+    def program(backend, save=(), offload=()):
+        kinds = dict(remat="full", remat_save=save, remat_offload=offload, attention=backend)
+        model = build_model(Gemma2Config(**BASE | kinds))
+        gradient = jax.grad(lambda p: jnp.sum(model.apply(p, packed).logits))
+        return str(jax.make_jaxpr(gradient)(model.shapes()))
+
+    return program
+
+
+@pytest.mark.parametrize(("name", "backend"), [*((name, "xla") for name in REMAT_NAMES), ("attention", "blocked")])
+def test_what_remat_keeps_by_name(name, backend, remat_program):
+    """Kept, it spares at least one matrix product; in the host's memory too, where the program says so."""
+    full, moved = remat_program(backend), remat_program(backend, offload=(name,))
+    assert "<host>" in moved and "<host>" not in full
+    if name != "stream":
+        kept = remat_program(backend, save=(name,))
+        assert kept.count("dot_general") == moved.count("dot_general") < full.count("dot_general")
 
 
 @pytest.mark.smoke
@@ -288,6 +329,10 @@ def test_seen_keys_are_counted_one_by_one(length, window):
         ({"heads": ("lm", "lm")}, "heads must name some of"),
         ({"heads": ("critic",)}, "heads must name some of"),
         ({"remat": "some"}, "remat='some'; one of"),
+        ({"remat": "full", "remat_save": ("keys",)}, r"must name some of .* found \('keys',\)"),
+        ({"remat": "full", "remat_save": ("key",), "remat_offload": ("key",)}, "once each"),
+        ({"remat": "dots", "remat_save": ("key",)}, "what remat='full' keeps, but remat='dots'"),
+        ({"remat": "full", "remat_save": ("stream",)}, "is kept anyway"),
         ({"attention": "flash"}, "attention='flash'; one of"),
         ({"compute_dtype": "float16"}, "compute_dtype='float16'; 'float32' or 'bfloat16'"),
         ({"num_heads": 0}, "num_heads must be at least 1, found 0"),

@@ -1,4 +1,4 @@
-"""What a user can get wrong, through the command line: exit code 2 and a message that names the culprit."""
+"""What a user can get wrong, through the command line: exit code 43 and a message that names the culprit."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def refused(chain, jaxtrain, tmp_path):
         out = out or shutil.copytree(chain.out, tmp_path / "out")
         gin = [part for binding in bindings for part in ("--gin", binding)]
         done = jaxtrain("run", recipe, "--out", out, *gin)
-        assert done.code == 2 and "Traceback" not in done.err, done.err
+        assert done.code == 43 and "Traceback" not in done.err, done.err
         _, found, line = done.err.rpartition("jaxtrain: error: ")
         assert found
         return line

@@ -130,7 +130,7 @@ def test_generate_continues_a_finished_stage(chain, jaxtrain):
         (chain.out, "is a whole run: name one of its stages"),
     ]:
         failed = jaxtrain("generate", "--checkpoint", folder, "--prompt", "x")
-        assert failed.code == 2 and message in failed.err and str(folder) in failed.err
+        assert failed.code == 43 and message in failed.err and str(folder) in failed.err
 
 
 @pytest.mark.smoke

@@ -10,13 +10,22 @@ from jax.sharding import PartitionSpec
 
 from jaxtrain.sharding import MeshConfig, make_mesh, param_shardings, put_batch
 from jaxtrain.train.step import loss_and_grads
+from jaxtrain.train.zero import gather
 
 MESHES = {
     "data8": MeshConfig(data=8),
+    "fsdp8": MeshConfig(fsdp=8),
     "fsdp2-data4": MeshConfig(fsdp=2, data=4),
+    "fsdp4-data2-zero1": MeshConfig(fsdp=4, data=2, zero=1),
+    "fsdp4-data2-zero2": MeshConfig(fsdp=4, data=2, zero=2),
     "tensor8": MeshConfig(tensor=8),
     "fsdp2-tensor4": MeshConfig(fsdp=2, tensor=4),
+    "fsdp2-tensor2-data2-zero1": MeshConfig(fsdp=2, tensor=2, data=2, zero=1),
     "context2-data4": MeshConfig(context=2, data=4),
+    "context8": MeshConfig(context=8),
+    "context4-fsdp2": MeshConfig(context=4, fsdp=2),
+    "context2-tensor2-fsdp2": MeshConfig(context=2, tensor=2, fsdp=2),
+    "expert2-tensor2-fsdp2": MeshConfig(expert=2, tensor=2, fsdp=2),
 }
 WARNING = "Involuntary full rematerialization"
 
@@ -34,16 +43,18 @@ def compute(tools):
     params, done = tools.params(model), {}
     batches = {name: tools.batch(tools.objectives[name]) for name in NAMES}
 
-    def all_of_them(params, batches, rng):
-        return {
-            name: loss_and_grads(model.apply, tools.objectives[name], params, batch, rng)
-            for name, batch in batches.items()
-        }
-
     def run(config, capfd):
         if config in done:
             return done[config]
         mesh = make_mesh(config)
+        whole = gather(model, mesh, config.zero)
+
+        def all_of_them(params, batches, rng):
+            return {
+                name: loss_and_grads(model.apply, tools.objectives[name], params, batch, rng, gather=whole)
+                for name, batch in batches.items()
+            }
+
         shardings = param_shardings(model.axes, params, mesh, model.rules)
         function = jax.jit(
             all_of_them,
@@ -87,3 +98,24 @@ def test_the_compilers_warning_would_be_seen(capfd):
         function = jax.jit(lambda table: pin(jax.grad(total)(pin(table, width)), width))
         function(np.ones((16, 16), np.float32)).block_until_ready()
     assert WARNING in capfd.readouterr().err
+
+
+def test_the_stream_between_layers_is_split_over_tensor(tools):
+    """What the scan over layers keeps for its backward pass is each layer's input: ``[L, B * T, D]``."""
+    model = tools.model(d_model=64, num_layers=3, remat="full", num_heads=8)
+    batch = tools.batch(tools.objectives["LM"])
+    rows = batch.ids.size
+
+    def kept(config):
+        mesh = make_mesh(config)
+        shardings = param_shardings(model.axes, model.shapes(), mesh, model.rules)
+        function = jax.jit(lambda *args: loss_and_grads(model.apply, tools.objectives["LM"], *args, jax.random.key(0)))
+        with jax.set_mesh(mesh):
+            params = jax.device_put(tools.params(model), shardings)
+            text = function.lower(params, put_batch(batch, mesh)).compile(compiler_options=tools.fast).as_text()
+        return {size for size in (rows, rows // 2, rows // 8) if f"f32[3,{size},64]" in text}
+
+    assert kept(MeshConfig()) == {rows}
+    assert kept(MeshConfig(tensor=8)) == {rows // 8}
+    assert kept(MeshConfig(tensor=4, data=2)) == {rows // 8}
+    assert kept(MeshConfig(data=2)) == {rows // 2}

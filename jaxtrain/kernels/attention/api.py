@@ -7,6 +7,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.kernels.attention import blocked, cudnn, gpu, on_mesh, reference, tpu, tpu_decode
 from jaxtrain.kernels.attention.masks import Marks, Spec, make_marks, visible, visible_share
@@ -109,7 +110,8 @@ def attention(
         share=visible_share(T, S, causal=causal, window=window),
         tiles=tiles,
     )
-    qkv = [x.swapaxes(1, 2) for x in (q_BTNH, k_BSKH, v_BSKV)]
+    named = zip(("query", "key", "value"), (q_BTNH, k_BSKH, v_BSKV), strict=True)
+    qkv = [checkpoint_name(x.swapaxes(1, 2), name) for name, x in named]
     backend = _choose(backend, spec, *qkv, bias, return_lse or sinks is not None, rules)
     out_BNTV, lse_BNT = _run(backend, spec, *qkv, marks, bias, rules, across)
     if sinks is not None:
@@ -164,7 +166,7 @@ def _run(
     if backend in FLASH:
         return on_mesh.attend(FLASH[backend], spec, q_BNTH, k_BKSH, v_BKSV, marks, rules=rules, across=across)
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
-    return reference.attention(
+    found = reference.attention(
         q_BNTH,
         k_BKSH,
         v_BKSV,
@@ -174,6 +176,7 @@ def _run(
         bias=bias,
         blocks=_causal_blocks(T) if spec.in_order and T == S else 1,
     )
+    return checkpoint_name(found, "attention")
 
 
 def _add_sinks(out_BNTV, lse_BNT, sinks_N) -> tuple[jax.Array, jax.Array]:

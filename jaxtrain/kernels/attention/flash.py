@@ -26,6 +26,7 @@ from types import ModuleType
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jaxtrain.kernels.attention.masks import Marks, Spec
 
@@ -37,7 +38,8 @@ def flash(backend: ModuleType, spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks)
 
 
 def _forward(backend, spec, q_BNTH, k_BKSH, v_BKSV, marks):
-    out_BNTV, lse_BNT = backend.forward(spec, q_BNTH, k_BKSH, v_BKSV, marks)
+    # By this name a model may keep both rather than compute attention again in the backward pass.
+    out_BNTV, lse_BNT = checkpoint_name(backend.forward(spec, q_BNTH, k_BKSH, v_BKSV, marks), "attention")
     return (out_BNTV, lse_BNT), (q_BNTH, k_BKSH, v_BKSV, marks, out_BNTV, lse_BNT)
 
 

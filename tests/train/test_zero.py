@@ -1,0 +1,103 @@
+"""ZeRO: every level makes the same update; what is gathered, where, and how often is read from the program."""
+
+from __future__ import annotations
+
+import re
+
+import jax
+import numpy as np
+import optax
+import pytest
+
+from jaxtrain.sharding import MeshConfig, make_mesh, put_batch
+from jaxtrain.train.state import abstract_state, init_state
+from jaxtrain.train.step import make_train_step
+from jaxtrain.train.zero import LEVELS, gather
+
+MESH = dict(fsdp=4, data=2)
+
+
+@pytest.fixture(scope="module")
+def trained(tools):
+    """level -> (state after two updates in microbatches, metrics, the step's program)."""
+    tx, objective = optax.adam(1e-2), tools.objectives["LM"]
+    # Its parameters outweigh its activations.
+    model = tools.model(d_model=64, d_ff=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=4)
+    batch = tools.batch(objective)
+    # Two rows for each device.
+    batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch)
+
+    def run(level):
+        mesh = make_mesh(MeshConfig(**MESH, zero=level))
+        target = abstract_state(model, tx, mesh)
+        shardings = jax.tree.map(lambda x: x.sharding, target)
+        step = make_train_step(
+            model.apply, objective, tx, accumulate=2, shardings=shardings, gather=gather(model, mesh, level)
+        )
+        with jax.set_mesh(mesh):
+            state = init_state(model, tx, mesh, 0)
+            compiled = step.lower(state, put_batch(batch, mesh)).compile()
+            for _ in range(2):
+                state, metrics = compiled(state, put_batch(batch, mesh))
+        assert jax.tree.map(lambda x: x.sharding, state) == shardings
+        return jax.device_get(state), jax.device_get(metrics), compiled
+
+    return {level: run(level) for level in LEVELS}
+
+
+@pytest.mark.parametrize("level", [1, 2])
+def test_every_level_makes_the_same_update(level, trained, tools):
+    tools.assert_close(trained[level][0].params, trained[3][0].params)
+    tools.assert_close(trained[level][0].opt_state, trained[3][0].opt_state)
+    tools.assert_close(trained[level][1], trained[3][1])
+
+
+def test_more_levels_hold_less(trained):
+    temporary = {level: found[2].memory_analysis().temp_size_in_bytes for level, found in trained.items()}
+    split = trained[3][2].memory_analysis()
+    parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trained[3][0].params))
+    # A quarter of each is what a device holds of it anyway.
+    assert temporary[1] - temporary[2] > 0.5 * parameters
+    assert temporary[2] - temporary[3] > 0.5 * parameters
+    assert {found[2].memory_analysis().argument_size_in_bytes for found in trained.values()} == {
+        split.argument_size_in_bytes
+    }
+
+
+def gathers_of_layers(text: str) -> dict[str, int]:
+    """How many all-gathers of layers' matrices stand inside and outside of the loop over layers, by the op's name."""
+    found = {"inside": 0, "outside": 0}
+    for line in text.splitlines():
+        name = re.search(r'all-gather(?:-start)?\(.*op_name="([^"]*)"', line)
+        if name and re.search(r"f32\[(?:4,)?(?:64,256|256,64)\]", line.split(" = ")[1].split("all-gather")[0]):
+            # The loop over microbatches is the outer one.
+            found["inside" if name[1].count("while/body") > 1 else "outside"] += 1
+    return found
+
+
+def test_where_parameters_are_gathered(trained):
+    found = {level: gathers_of_layers(each[2].as_text()) for level, each in trained.items()}
+    assert found[3]["inside"] >= 3 and found[3]["outside"] == 0
+    for level in (1, 2):
+        # Gate, up and down, once each.
+        assert found[level] == {"inside": 0, "outside": 3}, found
+
+
+def test_levels_that_change_nothing(tools):
+    model = tools.model()
+    assert gather(model, make_mesh(MeshConfig(fsdp=8)), 3) is None
+    assert gather(model, make_mesh(MeshConfig(data=8)), 1) is None
+    with pytest.raises(ValueError, match="zero is 0: 1 splits"):
+        MeshConfig(zero=0)
+
+
+def test_what_is_used_in_one_type_is_gathered_in_it(tools):
+    model = tools.model(compute_dtype="bfloat16")
+    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
+    whole = gather(model, mesh, 2)
+    with jax.set_mesh(mesh):
+        params = jax.jit(whole.params)(model.init(jax.random.key(0)))
+    query = params["layers"]["attention"]["query"]["kernel"]
+    assert query.dtype == "bfloat16" and query.sharding.spec[:3] == (None, None, "tensor")
+    assert params["layers"]["attention_norm"]["scale"].dtype == "float32"
+    assert params["embed"]["embedding"].dtype == "float32"
