@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,25 +26,18 @@ CASES: dict[str, tuple[dict[str, int], str]] = {
     "tensor=4": ({"tensor": 4}, "bfloat16"),
     "fsdp=4": ({"fsdp": 4}, "bfloat16"),
 }
-COMPILER = {
-    "JAX_PLATFORMS": "cpu",
-    "TPU_SKIP_MDS_QUERY": "1",
-    "TPU_WORKER_HOSTNAMES": "localhost",
-    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-    "TPU_LOG_DIR": "disabled",
-    "TPU_STDERR_LOG_LEVEL": "3",
-}
 
 
 def chips() -> list[Any]:
     """The four chips of a v5e host, as the compiler describes them."""
-    os.environ.update({name: os.environ.get(name, value) for name, value in COMPILER.items()})
-    from jax.experimental import topologies
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+    from jaxtrain.plan.chips import parse_topology
+    from jaxtrain.plan.compile import missing, topology_devices
 
-    try:
-        return list(topologies.get_topology_desc(platform="tpu", topology_name="v5e:2x2").devices)
-    except Exception as error:
-        raise SystemExit(f"the TPU compiler does not load ({error}): pip install 'jaxtrain[tpu]'") from error
+    where = parse_topology("v5e:2x2")
+    if reason := missing(where):
+        raise SystemExit(reason)
+    return topology_devices(where)
 
 
 def compile_loss(devices: list[Any], axes: dict[str, int], dtype: str, backend: str):
@@ -79,51 +71,16 @@ def compile_loss(devices: list[Any], axes: dict[str, int], dtype: str, backend: 
         return gradients.lower(hidden, matrix, targets).compile()
 
 
-def matmul_flops(hlo: str) -> float:
-    """Operations of all matrix products in a program's text, each as often as the loops around it turn.
-
-    The compiler's own sum counts a loop's body once.
-    """
-    bodies: dict[str, list[str]] = {}
-    for line in hlo.splitlines():
-        if start := re.match(r"(ENTRY )?%(\S+) \(.*\{$", line):
-            current = bodies.setdefault("ENTRY" if start[1] else start[2], [])
-        elif line.startswith("  "):
-            current.append(line)
-
-    def lines(name: str) -> Iterator[str]:
-        for line in bodies[name]:
-            yield line
-            for called in re.findall(r"calls=%([\w.-]+)", line):
-                yield from lines(called)
-
-    def one(name: str) -> float:
-        total, shapes = 0.0, {}
-        for line in bodies[name]:
-            if found := re.match(r"\s+(?:ROOT )?%(\S+) = \w+\[([\d,]*)\]", line):
-                shapes[found[1]] = math.prod(int(size) for size in found[2].split(",") if size)
-        for line in bodies[name]:
-            if found := re.match(r"\s+(?:ROOT )?%(\S+) = .* (?:convolution|dot)\(%([\w.-]+), %([\w.-]+)\)", line):
-                out, left, right = (shapes[found[i]] for i in (1, 2, 3))
-                total += 2 * out * math.sqrt(left * right / out)  # of [a, k] x [k, b]: 2 a b k
-            elif found := re.search(r" while\(.*condition=%([\w.-]+), body=%([\w.-]+)", line):
-                turns = max(int(n) for text in lines(found[1]) for n in re.findall(r"constant\((\d+)\)", text))
-                total += turns * one(found[2])
-            else:
-                total += sum(one(called) for called in re.findall(r"calls=%([\w.-]+)", line))
-        return total
-
-    return one("ENTRY")
-
-
 def measure(devices: list[Any], name: str) -> Iterator[dict]:
     """A row for each backend; the later ones with the ratio to the first's memory."""
+    from jaxtrain.plan.hlo import walk
+
     axes, dtype = CASES[name]
     dense = None
     for backend, products in (("dense", 3), ("chunked", 4)):
         compiled = compile_loss(devices, axes, dtype, backend)
         memory = compiled.memory_analysis()
-        flops = matmul_flops(compiled.as_text())
+        flops = walk(compiled.as_text()).totals().flops
         # A product of all tokens with the matrix, on each of its chips; with the logits computed again, four.
         explained = products * 2 * TOKENS * WIDTH * VOCAB / axes.get("tensor", 1)
         dense = dense or memory.temp_size_in_bytes

@@ -11,40 +11,36 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
-import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
-BYTES = {"bf16": 2, "f32": 4, "s32": 4}
 # What takes time: a conditional holds the kernels of one pair of chunks.
 WORK = ("conditional", "while", "custom-call", "fusion")
-INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[a-z][a-z-]*)\((?P<rest>.*)$")
 
 
 def compiled(args: argparse.Namespace) -> dict[str, str]:
     """The scheduled programs by pass."""
-    # Read when libtpu is loaded.
-    tpu = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5p-8"}
-    quiet = {"TPU_LOG_DIR": "disabled", "TPU_STDERR_LOG_LEVEL": "3", "ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
-    os.environ.update(tpu | quiet | {"JAX_PLATFORMS": "cpu"})
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
     import jax
     import jax.numpy as jnp
-    from jax.experimental import topologies
     from jax.sharding import NamedSharding, PartitionSpec
 
     from jaxtrain.kernels.attention import api
     from jaxtrain.kernels.attention.masks import Marks, Spec
     from jaxtrain.kernels.attention.on_mesh import Layout, OnMesh
     from jaxtrain.kernels.attention.ring import Ring
+    from jaxtrain.plan.chips import parse_topology
+    from jaxtrain.plan.compile import missing, topology_devices
     from jaxtrain.sharding import DEFAULT_RULES, MeshConfig, make_mesh
 
     if args.backend not in api.FLASH:
         raise SystemExit(f"--backend {args.backend}: one of {tuple(api.FLASH)}")
-    devices = topologies.get_topology_desc(platform="tpu", topology_name=args.topology).devices
-    mesh = make_mesh(MeshConfig(data=-1, context=args.context), devices)
+    where = parse_topology(args.topology)
+    if reason := missing(where):
+        raise SystemExit(reason)
+    mesh = make_mesh(MeshConfig(data=-1, context=args.context), topology_devices(where))
     B, T = mesh.shape["data"], args.tokens * args.context
 
     def array(dtype, *shape, sequence: int):
@@ -64,57 +60,30 @@ def compiled(args: argparse.Namespace) -> dict[str, str]:
         return {name: lowered.compile().as_text() for name, lowered in passes.items()}
 
 
-def instructions(text: str) -> tuple[str, dict[str, list[re.Match]]]:
-    """The entry's name, and the instructions of every computation in the order of the schedule."""
-    assert "is_scheduled=true" in text
-    entry, name, found = "", "", {}
-    for line in text.splitlines():
-        if line.endswith("{") and not line.startswith(" "):
-            name = re.match(r"(?:ENTRY )?%?([\w.-]+)", line)[1]
-            entry = name if line.startswith("ENTRY") else entry
-            found[name] = []
-        elif name and (match := INSTRUCTION.match(line)):
-            found[name].append(match)
-    return entry, found
-
-
-def turns(computations: dict[str, list[re.Match]]) -> dict[str, int]:
-    """How often the body of each loop of the entry's runs: the constant that its counter, from 0, is compared with."""
-    found = {}
-    for body in computations.values():
-        for x in body:
-            if x["op"] == "while":
-                condition, inner = (re.search(rf"{key}=%?([\w.-]+)", x["rest"])[1] for key in ("condition", "body"))
-                limits = [y["rest"] for y in computations[condition] if y["op"] == "constant"]
-                if len(limits) == 1:
-                    found[inner] = int(limits[0].split(")")[0])
-    return found
-
-
 def transfers(text: str) -> Iterator[dict]:
-    """Every collective-permute of the entry, and of the ring's loop."""
-    entry, computations = instructions(text)
-    runs = {entry: 1} | turns(computations)
-    for name, body in computations.items():
-        starts = {x["name"]: i for i, x in enumerate(body) if x["op"] == "collective-permute-start"}
-        whole = {i for i, x in enumerate(body) if x["op"] == "collective-permute"}
-        ends = {
-            re.match(r"%?([\w.-]+)", x["rest"])[1]: i for i, x in enumerate(body) if x["op"].endswith("permute-done")
-        }
-        for start in sorted([*starts.values(), *whole]):
-            x = body[start]
-            between = body[start + 1 : ends.get(x["name"], start)]
-            dtype, shape = re.search(r"(\w+)\[([\d,]*)\]", x["type"]).groups()
-            pairs = re.findall(r"\{(\d+),(\d+)\}", x["rest"].split("source_target_pairs=")[1].split("}}")[0] + "}")
-            size = BYTES[dtype] * math.prod(map(int, shape.split(",")))
+    """Every collective-permute of the entry, and of the ring's loop, in the order of the schedule."""
+    from jaxtrain.plan.hlo_loops import turns_of
+    from jaxtrain.plan.hlo_text import pairs_of, parse
+
+    assert "is_scheduled=true" in text
+    module = parse(text)
+    runs = {module.entry: 1}
+    for body in module.computations.values():
+        runs |= {x.called("body"): turns_of(module, body, x) for x in body.instructions if x.op == "while"}
+    for name, body in module.computations.items():
+        ends = {x.operands[0]: i for i, x in enumerate(body.instructions) if x.op == "collective-permute-done"}
+        for start, x in enumerate(body.instructions):
+            if x.op not in ("collective-permute", "collective-permute-start"):
+                continue
+            between = body.instructions[start + 1 : ends.get(x.name, start)]
             yield {
-                "where": "once" if name == entry else "loop",
-                "to": "next" if _is_ring(pairs) else "deal",
-                "type": f"{dtype}[{shape}]",
+                "where": "once" if name == module.entry else "loop",
+                "to": "next" if _is_ring(pairs_of(x.attributes)) else "deal",
+                "type": f"{x.shape.dtype}{list(x.shape.dims)}",
                 "runs": runs[name],
-                "bytes": size,
-                "asynchronous": start not in whole,
-                "meanwhile": {op: n for op, n in Counter(y["op"] for y in between).items() if op in WORK},
+                "bytes": int(x.shape.bytes),
+                "asynchronous": x.op == "collective-permute-start",
+                "meanwhile": {op: n for op, n in Counter(y.op for y in between).items() if op in WORK},
             }
 
 

@@ -14,14 +14,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxtrain"
 
 CHAIN = [
     "sharding", "kernels", "models", "objectives", "train", "generate", "rl",
-    "config", "gin_edge", "recipe", "commands", "main",
+    "config", "gin_edge", "recipe", "plan", "commands", "main",
 ]  # fmt: skip
-BASE = {"types", "config_json"}  # standard library and JAX only; every part may use them
+BASE = {"types", "config_json", "distributed"}  # standard library and JAX only; every part may use them
 BESIDE_TRAIN = {"optim", "data", "checkpoint", "evaluate", "report"}
 ALLOWED = {
     "__init__": set(),
     "types": set(),
     "config_json": set(),
+    "distributed": set(),
     "config_types": set(),
     "config_build": {"config_types"},
     "config_text": {"config_json"},
@@ -40,7 +41,7 @@ for _part in CHAIN[CHAIN.index("config") :]:
     ALLOWED[_part] = ALLOWED[_part] | {"config_model"}
 ALLOWED["commands"] = ALLOWED["commands"] | {"interop"}
 ALLOWED["gin_edge"] = {"config_build", "config_text"}
-ALLOWED["main"] = {"commands"}
+ALLOWED["main"] = {"commands", "distributed"}
 
 # Flax NNX is used functionally: these either hide state from JAX's own transformations or replace them.
 FORBIDDEN_NNX = {"jit", "grad", "value_and_grad", "scan", "vmap", "remat", "cond", "while_loop", "Optimizer"}

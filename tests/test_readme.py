@@ -61,6 +61,7 @@ def test_every_command_is_run_by_ci_or_below():
         "jaxtrain train",
         "jaxtrain run",
         "jaxtrain generate",
+        "jaxtrain plan",
         "jaxtrain import",
         "jaxtrain chat",
         "jaxtrain export",
@@ -156,7 +157,7 @@ def test_the_commands_on_own_text(own_data):
             assert "pretrain: unchanged, skipped" in done.stderr
         elif not in_ci(argv):
             printed = io.StringIO()
-            arguments = argv[1:] if argv[1] == "generate" else tiny(argv[1:])
+            arguments = argv[1:] if argv[1] in ("generate", "plan") else tiny(argv[1:])
             with contextlib.redirect_stdout(printed):
                 code = command_line.main(arguments)
             assert code == 0, line
@@ -256,10 +257,9 @@ def test_the_options_that_other_readmes_show_exist(name):
     lines = [shlex.split(line) for block in blocks("bash", text) for line in block.splitlines()]
     scripts = [argv for argv in lines if argv[0] == "python"]
     assert scripts
-    for script in {argv[1] for argv in scripts}:
-        asked = [sys.executable, str(ROOT / script), "--help"]
+    for argv in scripts:
+        own = argv[2 : argv.index("--")] if "--" in argv else argv[2:]
+        verb = own[:1] if argv[1] == "launch/tpu_vm.py" else []
+        asked = [sys.executable, str(ROOT / argv[1]), *verb, "--help"]
         usage = subprocess.run(asked, capture_output=True, text=True, check=True).stdout
-        for argv in scripts:
-            own = argv[2 : argv.index("--")] if "--" in argv else argv[2:]
-            if argv[1] == script:
-                assert [part for part in own if part.startswith("--") and part not in usage] == []
+        assert [part for part in own if part.startswith("--") and part not in usage] == []

@@ -13,7 +13,7 @@ from jaxtrain.kernels.cross_entropy import api
 from jaxtrain.models import build_model
 from jaxtrain.objectives import DPO, LM, SFT, PPOPolicy
 from jaxtrain.objectives.dpo import add_reference
-from jaxtrain.rl.rollout import _score
+from jaxtrain.rl.rollout import score_rows
 from jaxtrain.sharding import MeshConfig, make_mesh, param_shardings, put_batch
 from jaxtrain.train.state import new_state
 from jaxtrain.train.step import make_train_step
@@ -88,7 +88,7 @@ def test_no_array_of_scoring_is_as_large_as_the_logits(kind, large, tools):
 
     def find(model):
         if kind == "scores":
-            return largest(lambda p: _score.__wrapped__(model.apply, 1.0, p, batch), model.shapes())
+            return largest(lambda p: score_rows.__wrapped__(model.apply, 1.0, p, batch), model.shapes())
         if kind == "reference":
             return largest(lambda p: add_reference(model.apply, p, batch), model.shapes())
         return largest(lambda p: ByteLoss(np.ones(40_000, np.int32))(model.apply, p, batch, None), model.shapes())

@@ -1,0 +1,234 @@
+"""A program as its mathematics says it runs, for where there is no compiler: the same items that a walk yields.
+
+Layers are one loop forward and one backward, all of the average size.  What the compiler decides is assumed: weights
+split over ``fsdp`` are gathered, and gradients scattered, behind the layer's work; sums over ``tensor`` are waited for.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.kernels.cross_entropy.api import KEPT_BYTES
+from jaxtrain.models.attention import AttentionSpec
+from jaxtrain.models.flops import forward_flops_per_token, part_flops_per_token, seen_keys
+from jaxtrain.models.layers import MLPSpec
+from jaxtrain.plan.hlo import Collective, Done, Item, Loop, Start, Work
+from jaxtrain.plan.memory import decode_memory, placed_bytes
+from jaxtrain.plan.programs import Program
+from jaxtrain.types import path_name
+
+# Times that what a layer hands on, ``[tokens, d_model]``, goes to or from HBM outside of products and kernels: read off
+# the walked step of Llama-3-8B on v5e (8,192 tokens a chip, full remat: 7.4 forward, 37.8 backward, recomputation
+# included).
+FORWARD_PASSES, BACKWARD_PASSES = 7.4, 37.8
+# Flash attention's backward pass is five products of matrices to the forward's two (2205.14135).
+ATTENTION_BACKWARD = 2.5
+# Adam reads and writes parameter and two moments, and reads the gradient.
+OPTIMIZER_PASSES = 7
+
+
+def items_of(program: Program, mesh: Any) -> tuple[Item, ...]:
+    """What one device does in one call."""
+    if program.kind == "decode":
+        return (Loop(program.new_tokens, (_decode_step(program, mesh),)),)
+    layers = _Layers(program, mesh)
+    once = [*layers.forward()]
+    if program.kind == "train":
+        once += layers.backward()
+    items: list[Item] = [Loop(program.accumulate, tuple(once))] if program.accumulate > 1 else once
+    if program.kind == "train":
+        if program.zero < 3:
+            items = [*layers.once("all-gather", layers.itemsize), *items]
+        if program.zero == 1:
+            items += layers.once("reduce-scatter", 4)
+        items += layers.update()
+    return tuple(items)
+
+
+def executed_flops(program: Program, mesh: Any) -> tuple[float, float]:
+    """(of matrix products, of attention kernels) on one device in one call, with what remat computes again."""
+    layers = _Layers(program, mesh)
+    times = program.accumulate
+    if program.kind != "train":
+        return times * (layers.products + layers.head), times * layers.kernels
+    products = layers.products * 3 + layers.again + layers.head * layers.head_times
+    return times * products, times * layers.kernels * (1 + layers.kernels_again + ATTENTION_BACKWARD)
+
+
+class _Layers:
+    """Figures of one microbatch on one device."""
+
+    def __init__(self, program: Program, mesh: Any):
+        self.program, self.mesh = program, mesh
+        config = program.model.config
+        self.config = config
+        spec = config.spec()
+        self.count = len(spec.layers())
+
+        def split(*names: str) -> int:
+            return program.split(mesh, *names)
+
+        self.rows = split("batch", "sequence")
+        self.tensor = split("act_heads")
+        self.tokens = program.rows * program.length / program.accumulate / self.rows
+        self.itemsize = jnp.dtype(config.compute_dtype).itemsize
+        T = program.length
+        attention = sum(_attention(layer.attention, T) for layer in spec.layers())
+        heads = forward_flops_per_token(config, T) - sum(_layer(layer, config.d_model, T) for layer in spec.layers())
+        whole = forward_flops_per_token(config, T)
+        share = self.tokens / self.tensor
+        self.kernels = attention * share
+        self.head = heads * share
+        self.products = (whole - attention - heads) * share
+        down = sum(2 * layer.mlp.d_ff * config.d_model for layer in spec.layers() if isinstance(layer.mlp, MLPSpec))
+        # The last product of a layer is not needed for its gradient, so remat leaves it out; "dots" keeps products.
+        kept = (*getattr(config, "remat_save", ()), *getattr(config, "remat_offload", ()))
+        named = sum(_named_products(layer, config.d_model, kept) for layer in spec.layers())
+        self.again = {"none": 0.0, "dots": 0.0}.get(config.remat, self.products - (down + named) * share)
+        self.kernels_again = 0 if config.remat == "none" or "attention" in kept else 1
+        columns = config.vocab_size / split("act_vocab")
+        chunked = config.cross_entropy == "chunked" or (
+            config.cross_entropy == "auto" and self.tokens * columns * 4 > KEPT_BYTES
+        )
+        self.head_times = 4 if chunked and "lm" in config.heads else 3
+        self.params = params = program.params
+        stacked = [
+            leaf
+            for path, leaf in jax.tree_util.tree_leaves_with_path(params)
+            if path_name(path).split("/")[0] in spec.stacks
+        ]
+        self.layer_params = sum(math.prod(leaf.shape) for leaf in stacked) / self.count / self.tensor
+        self.experts = split("experts")
+        self.stream = self.tokens * config.d_model * self.itemsize
+
+    def gathers(self, key: str) -> tuple[list[Item], list[Item]]:
+        """Starts and ends of what a layer's weights need, by the level of ZeRO."""
+        fsdp, zero = self.mesh.shape["fsdp"], self.program.zero
+        kinds = {"all-gather": zero == 3, "reduce-scatter": zero >= 2 and key == "backward"}
+        found: list[Item] = []
+        ends: list[Item] = []
+        for kind, wanted in kinds.items():
+            if wanted and fsdp > 1:
+                one = Collective(kind, self.layer_params * self.itemsize, ("fsdp",), fsdp)
+                found.append(Start(f"{key} {kind}", one, True))
+                ends.append(Done(f"{key} {kind}"))
+        return found, ends
+
+    def once(self, kind: str, itemsize: int) -> list[Item]:
+        """All layers' weights or gradients over ``fsdp``, once a step."""
+        fsdp, size = self.mesh.shape["fsdp"], self.layer_params * self.count * itemsize
+        return [Start(kind, Collective(kind, size, ("fsdp",), fsdp), False)] if fsdp > 1 else []
+
+    def sums(self, count: int) -> list[Item]:
+        """Of activations over ``tensor`` (and their exchange over ``expert`` and ``context``)."""
+        found: list[Item] = []
+        shape = self.mesh.shape
+        if shape["tensor"] > 1:
+            # Between blocks a sequence is split: an all-reduce in two halves, before and after.
+            for kind in ("all-gather", "reduce-scatter"):
+                found += [Start(kind, Collective(kind, self.stream, ("tensor",), shape["tensor"]), False)] * count
+        moe = [layer.mlp for layer in self.config.spec().layers() if hasattr(layer.mlp, "top_k")]
+        if self.experts > 1 and moe:
+            size = self.stream * moe[0].top_k * len(moe) / self.count
+            found += [Start("experts", Collective("all-to-all", size, ("expert",), self.experts), False)] * count
+        return found
+
+    def ring(self, key: str, arrays: int) -> tuple[list[Item], list[Item]]:
+        context = self.mesh.shape["context"]
+        specs = [layer.attention for layer in self.config.spec().layers() if isinstance(layer.attention, AttentionSpec)]
+        if context == 1 or not specs:
+            return [], []
+        size = self.tokens * specs[0].num_kv_heads * specs[0].head_dim * self.itemsize / self.tensor
+        one = Collective("collective-permute", arrays * size * (context - 1), ("context",), 2)
+        return [Start(key, one, True)], [Done(key)]
+
+    def forward(self) -> list[Item]:
+        starts, ends = self.gathers("forward")
+        ring, rung = self.ring("forward ring", 2)
+        L = self.count
+        turn = (
+            *starts,
+            Work("products", self.products / L),
+            *ring,
+            Work("attention", self.kernels / L, kernel=True),
+            *rung,
+            Work("other", bytes=FORWARD_PASSES * self.stream),
+            *self.sums(2),
+            *ends,
+        )
+        train = self.program.kind == "train"
+        return [Loop(L, turn), Work("head", self.head * (self.head_times if train else 1))]
+
+    def backward(self) -> list[Item]:
+        starts, ends = self.gathers("backward")
+        ring, rung = self.ring("backward ring", 6)
+        L = self.count
+        again = self.kernels_again
+        turn = (
+            *starts,
+            Work("products", (2 * self.products + self.again) / L),
+            *ring,
+            Work("attention", self.kernels / L * (again + ATTENTION_BACKWARD), kernel=True),
+            *rung,
+            Work("other", bytes=BACKWARD_PASSES * self.stream),
+            *self.sums(2 + (2 if self.again else 0)),
+            *ends,
+        )
+        return [Loop(L, turn)]
+
+    def update(self) -> list[Item]:
+        shape = self.mesh.shape
+        own = sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(self.params))
+        found: list[Item] = []
+        copies = tuple(axis for axis in ("data", "context") if shape[axis] > 1)
+        if copies:
+            members = math.prod(shape[axis] for axis in copies)
+            found.append(Start("copies", Collective("all-reduce", own, copies, members), False))
+        return [*found, Work("optimizer", bytes=OPTIMIZER_PASSES * own)]
+
+
+def _named_products(layer: Any, d_model: int, names: tuple[str, ...]) -> float:
+    """FLOPs a token of the products that ``remat_save`` and ``remat_offload`` keep, see ``REMAT_NAMES``."""
+    found = 0.0
+    if isinstance(layer.attention, AttentionSpec):
+        q, k = (n * layer.attention.head_dim for n in (layer.attention.num_heads, layer.attention.num_kv_heads))
+        widths = {"query": q, "key": k, "value": k, "attention_out": q}
+        found += sum(2 * d_model * width for name, width in widths.items() if name in names)
+    if isinstance(layer.mlp, MLPSpec):
+        found += sum(2 * d_model * layer.mlp.d_ff for name in ("mlp_gate", "mlp_up") if name in names)
+    return found
+
+
+def _attention(spec: Any, length: int) -> float:
+    """FLOPs a token of the kernel alone."""
+    if isinstance(spec, AttentionSpec):
+        return 4 * spec.num_heads * spec.head_dim * seen_keys(length, spec.window)
+    # What grows with the length is the kernel's.
+    D = 1
+    return spec.flops_per_token(D, length) - spec.flops_per_token(D, 1)
+
+
+def _layer(layer: Any, d_model: int, length: int) -> float:
+    return sum(part_flops_per_token(part, d_model, length) for part in (layer.attention, layer.mlp))
+
+
+def _decode_step(program: Program, mesh: Any) -> Item:
+    """One token of every row: the weights and the cache so far, on average half full beyond the prompt, are read."""
+    config = program.model.config
+    parts = decode_memory(program, mesh)
+    params = placed_bytes(program.args[0])
+    itemsize = jnp.dtype(config.compute_dtype).itemsize / jax.tree.leaves(program.args[0])[0].dtype.itemsize
+    fsdp = mesh.shape["fsdp"]
+    prompt = program.length - program.new_tokens
+    filled = (prompt + program.new_tokens / 2) / program.length
+    split = program.split(mesh, "batch", "act_heads")
+    flops = forward_flops_per_token(config, program.length) * program.rows / split
+    weights = params * itemsize * fsdp
+    found: list[Item] = []
+    if fsdp > 1:
+        found.append(Start("weights", Collective("all-gather", weights, ("fsdp",), fsdp), False))
+    return Loop(1, (*found, Work("decode", flops, weights + filled * parts["kv cache"])))

@@ -1,0 +1,166 @@
+"""Bytes and operations by hand, against what they must be, and against programs that XLA compiles for CPUs."""
+
+from __future__ import annotations
+
+import jax
+import pytest
+
+from jaxtrain.plan import hlo
+from jaxtrain.plan.analytic import executed_flops, items_of
+from jaxtrain.plan.chips import parse_topology
+from jaxtrain.plan.memory import decode_memory, program_memory, resident, saved_activations, stage_memory
+from jaxtrain.plan.programs import abstract_mesh, programs
+from jaxtrain.sharding import make_mesh
+
+WHERE = parse_topology("v5e:2x4")
+LAYERS, WIDTH, LENGTH, ROWS = 4, 256, 512, 16
+
+
+@pytest.fixture
+def parts(recipe):
+    """``parts(stage name, *bindings)``: (its programs by name, the mesh) on 8 chips."""
+
+    def build(name, *bindings):
+        config = recipe(*bindings)
+        stage = next(stage for stage in config.stages if stage.name == name)
+        mesh = abstract_mesh(stage.mesh, WHERE)
+        return {program.name: program for program in programs(stage, config, mesh)}, mesh
+
+    return build
+
+
+def test_state_by_hand(parts):
+    found, mesh = parts("lm")
+    memory = program_memory(found["train"], mesh)
+    embedding, attention, mlp = 512 * WIDTH, WIDTH * 128 * (4 + 2 + 2 + 4), 3 * WIDTH * 512
+    norms = (2 * LAYERS + 1) * WIDTH  # on every device
+    own = 4 * ((embedding + LAYERS * (attention + mlp)) // 8 + norms)
+    assert memory["parameters"] == memory["gradients"] == own
+    assert memory["optimizer"] == pytest.approx(2 * own, abs=16)  # and counters
+    assert memory["batch"] == 5 * 4 * ROWS * LENGTH // 8
+
+
+def test_a_layers_input_is_what_full_remat_saves(parts):
+    saved = {}
+    for layers in (4, 8):
+        found, mesh = parts("lm", f"DecoderConfig.num_layers = {layers}")
+        saved[layers] = saved_activations(found["train"], mesh)[0]
+    assert saved[8] - saved[4] == 4 * (ROWS // 8) * LENGTH * WIDTH * 2
+
+
+def test_remat_orders_what_is_saved(parts):
+    full, dots, none = (
+        saved_activations((built := parts("lm", f"DecoderConfig.remat = '{remat}'"))[0]["train"], built[1])[0]
+        for remat in ("full", "dots", "none")
+    )
+    assert full < dots < none
+
+
+def test_accumulating_saves_a_microbatchs_activations(parts):
+    whole, mesh = parts("lm")
+    half, _ = parts("lm", "Stage.accumulate = 2")
+    ratio = saved_activations(half["train"], mesh)[0] / saved_activations(whole["train"], mesh)[0]
+    assert ratio == pytest.approx(0.5, rel=0.02)
+    first, second = (program_memory(found["train"], mesh)["gradients"] for found in (whole, half))
+    assert second == 2 * first
+
+
+@pytest.mark.parametrize(("axis", "splits_state"), [("tensor", True), ("data", False), ("context", False)])
+def test_tensor_splits_the_state_and_the_others_copy_it(parts, axis, splits_state):
+    other, mesh = parts("lm", "MeshConfig.fsdp = 4", f"MeshConfig.{axis} = 2")
+    memory = program_memory(other["train"], mesh)
+    whole, whole_mesh = parts("lm")
+    before = program_memory(whole["train"], whole_mesh)
+    ratio = memory["parameters"] / before["parameters"]
+    assert ratio == pytest.approx(1 if splits_state else 2, rel=0.02)  # norms are everywhere
+    # Eight devices share one batch's activations in any case.
+    assert memory["activations saved"] == pytest.approx(before["activations saved"], rel=0.15)
+
+
+def test_dpo_keeps_its_reference_beside_the_step(parts):
+    found, mesh = parts("dpo")
+    peaks = {peak.program: peak for peak in stage_memory(list(found.values()), mesh)}
+    frozen = peaks["reference"].parts["parameters"]
+    assert peaks["train"].parts["reference and critic"] == frozen
+    assert found["train"].rows == 2 * ROWS  # both sides of a pair
+
+
+def test_ppo_keeps_four_models(parts):
+    found, mesh = parts("ppo")
+    assert list(found) == [
+        "rollout",
+        *(f"score: {name}" for name in ("policy", "reference", "critic", "reward model")),
+        "train: policy",
+        "train: critic",
+    ]
+    kept = resident(list(found.values()))
+    assert set(kept) == {"policy", "critic", "reference", "reward model"}
+    peaks = {peak.program: peak for peak in stage_memory(list(found.values()), mesh)}
+    beside = peaks["train: policy"].parts["reference and critic"]
+    assert beside == kept["critic"] + kept["reference"] + kept["reward model"]
+    assert found["train: policy"].calls == 2 * 2  # epochs x minibatches
+    assert found["score: policy"].calls == 2
+
+
+def test_the_cache_of_a_rollout(parts):
+    found, mesh = parts("ppo")
+    cache = decode_memory(found["rollout"], mesh)["kv cache"]
+    # Keys and values of 2 heads of 128 in bfloat16, of 4 rows a device (32 prompts over 8).
+    assert cache == pytest.approx(LAYERS * 2 * 2 * 128 * LENGTH * 2 * 32 / 8, rel=1e-3)
+
+
+def test_zero_says_what_is_whole_while_a_step_runs(parts):
+    found = {level: parts("lm", f"MeshConfig.zero = {level}") for level in (1, 2, 3)}
+    memory = {level: program_memory(built["train"], mesh) for level, (built, mesh) in found.items()}
+    assert memory[1]["gradients"] == 8 * memory[3]["gradients"] == 8 * memory[2]["gradients"]
+    assert memory[1]["temporaries"] == memory[2]["temporaries"] > memory[3]["temporaries"]
+    assert len({memory[level]["optimizer"] for level in memory}) == 1
+    sent = {}
+    for level, (built, mesh) in found.items():
+        starts = [
+            (item, times) for item, times in hlo.flat(items_of(built["train"], mesh)) if hasattr(item, "collective")
+        ]
+        sent[level] = {(start.collective.kind, times) for start, times in starts}
+    assert sent == {
+        3: {("all-gather", LAYERS), ("reduce-scatter", LAYERS)},
+        2: {("all-gather", 1), ("reduce-scatter", LAYERS)},
+        1: {("all-gather", 1), ("reduce-scatter", 1)},
+    }
+
+
+def test_what_goes_to_the_host_is_not_on_the_device(parts):
+    names = "('query', 'mlp_up')"
+    saved = {}
+    for field in (None, "remat_save", "remat_offload"):
+        found, mesh = parts("lm", *(() if field is None else (f"DecoderConfig.{field} = {names}",)))
+        saved[field] = saved_activations(found["train"], mesh)[0]
+    tokens = ROWS // 8 * LENGTH
+    assert saved["remat_offload"] == saved[None]
+    assert saved["remat_save"] - saved[None] == pytest.approx(LAYERS * tokens * (4 * 128 + 512) * 2, rel=0.01)
+    found, mesh = parts("lm", "DecoderConfig.remat_offload = ('stream',)")
+    without = saved_activations(found["train"], mesh)[0]
+    assert saved[None] - without == LAYERS * tokens * WIDTH * 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "remat", "kept"),
+    [("lm", "none", ()), ("lm", "full", ()), ("dpo", "full", ()), ("lm", "full", ("query", "mlp_up"))],
+)
+def test_operations_are_those_of_the_compiled_step(recipe, stage, remat, kept):
+    config = recipe(
+        *("TextDataset.seq_len = 64", "PairDataset.seq_len = 64", "DecoderConfig.attention = 'xla'"),
+        *(f"DecoderConfig.remat = '{remat}'", f"DecoderConfig.remat_save = {kept}"),
+    )
+    stage = next(one for one in config.stages if one.name == stage)
+    mesh = make_mesh(stage.mesh)
+    train = programs(stage, config, mesh)[-1]
+    with jax.set_mesh(mesh):
+        text = train.jitted.lower(*train.args).compile().as_text()
+    found = hlo.walk(text, dict(mesh.shape))
+    products, _ = executed_flops(train, mesh)
+    # XLA's attention computes what the mask hides too: two products forward, again under remat, and four backward.
+    attention = LAYERS * 4 * 4 * 128 * 64 * train.tokens / 8 * (4 if remat == "full" else 3)
+    assert found.unknown == ()
+    assert found.totals().flops == pytest.approx(products + attention, rel=0.01)
+    assert {start.collective.axes for start, _ in found.collectives()} == {("fsdp",)}
