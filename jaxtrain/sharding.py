@@ -31,7 +31,7 @@ class MeshConfig:
 
     zero: what stays split over ``fsdp`` while a step runs, after ZeRO (1910.02054): 1 the optimizer's state, 2
     gradients too, 3 parameters too.  It changes neither results nor checkpoints, only memory and what is sent: see
-    ``train.zero``.
+    ``train.zero``.  zero_data: the state is split over ``data`` too, and made whole over it once a step.
     """
 
     data: int = 1
@@ -41,6 +41,7 @@ class MeshConfig:
     expert: int = 1
     stage: int = 1
     zero: int = 3
+    zero_data: bool = False
 
     def __post_init__(self):
         sizes = self._sizes()
@@ -164,6 +165,17 @@ DEFAULT_RULES = ShardingRules(
         ("act_vocab", ("tensor",)),
     )
 )
+
+
+def state_rules(rules: ShardingRules, config: MeshConfig) -> ShardingRules:
+    """Where a training state lives between steps: what is split over ``fsdp`` is so over ``data`` too, if asked for."""
+    if not config.zero_data:
+        return rules
+    return ShardingRules(
+        table=tuple(
+            (name, (*axes, "data") if "fsdp" in axes and "data" not in axes else axes) for name, axes in rules.table
+        )
+    )
 
 
 def constrain(x: jax.Array, names: Sequence[str | None], rules: ShardingRules) -> jax.Array:

@@ -41,6 +41,8 @@ def items_of(program: Program, mesh: Any) -> tuple[Item, ...]:
         once += layers.backward()
     items: list[Item] = [Loop(program.accumulate, tuple(once))] if program.accumulate > 1 else once
     if program.kind == "train":
+        if program.zero_data:
+            items = [*layers.once("all-gather", layers.itemsize, "data"), *items]
         if program.zero < 3:
             items = [*layers.once("all-gather", layers.itemsize), *items]
         if program.zero == 1:
@@ -118,10 +120,12 @@ class _Layers:
                 ends.append(Done(f"{key} {kind}"))
         return found, ends
 
-    def once(self, kind: str, itemsize: int) -> list[Item]:
-        """All layers' weights or gradients over ``fsdp``, once a step."""
-        fsdp, size = self.mesh.shape["fsdp"], self.layer_params * self.count * itemsize
-        return [Start(kind, Collective(kind, size, ("fsdp",), fsdp), False)] if fsdp > 1 else []
+    def once(self, kind: str, itemsize: int, axis: str = "fsdp") -> list[Item]:
+        """All layers' weights or gradients over an axis, once a step."""
+        members, size = self.mesh.shape[axis], self.layer_params * self.count * itemsize
+        if axis == "data" and self.program.zero == 3:
+            size /= self.mesh.shape["fsdp"]
+        return [Start(kind, Collective(kind, size, (axis,), members), False)] if members > 1 else []
 
     def sums(self, count: int) -> list[Item]:
         """Of activations over ``tensor`` (and their exchange over ``expert`` and ``context``)."""
@@ -184,7 +188,11 @@ class _Layers:
         shape = self.mesh.shape
         own = sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(self.params))
         found: list[Item] = []
-        copies = tuple(axis for axis in ("data", "context") if shape[axis] > 1)
+        split = self.program.zero_data and shape["data"] > 1
+        copies = tuple(axis for axis in ("data", "context")[split:] if shape[axis] > 1)
+        if split:
+            collective = Collective("reduce-scatter", own * shape["data"], ("data",), shape["data"])
+            found.append(Start("gradients", collective, False))
         if copies:
             members = math.prod(shape[axis] for axis in copies)
             found.append(Start("copies", Collective("all-reduce", own, copies, members), False))

@@ -49,17 +49,17 @@ def train_memory(program: Program, mesh: Any) -> dict[str, int]:
         "batch": placed_bytes(batch),
     }
     # Sums over microbatches are float32, and stay beside those of the one being computed.
-    fsdp = mesh.shape["fsdp"]
+    whole = (mesh.shape["fsdp"] if program.zero < 3 else 1) * (mesh.shape["data"] if program.zero_data else 1)
     own = _float32_bytes(params)
-    sums = own * (fsdp if program.zero == 1 else 1)
-    found["gradients"] = sums if program.accumulate == 1 else sums + own * (fsdp if program.zero < 3 else 1)
+    sums = own * (whole if program.zero == 1 else 1)
+    found["gradients"] = sums if program.accumulate == 1 else sums + own * whole
     saved, loss = saved_activations(program, mesh)
     found["activations saved"], found["loss"] = saved, loss
     found["temporaries"] = working_set(program, mesh)
     # The compiler casts whole stacks of weights to the compute type before the loop over layers.
     itemsize = jnp.dtype(program.model.config.compute_dtype).itemsize
-    if program.zero < 3 or itemsize < 4:
-        found["temporaries"] += own // 4 * itemsize * (fsdp if program.zero < 3 else 1)
+    if whole > 1 or itemsize < 4:
+        found["temporaries"] += own // 4 * itemsize * whole
     return found
 
 

@@ -39,7 +39,8 @@ class Program:
         iteration of PPO).  jitted, args: to lower with the mesh set; a
         decode's is None, and its only argument the parameters.
     model, objective, learner: what it computes with; the latter two are None of what trains nothing.
-    rows, length: of its batch, over all devices.  accumulate: microbatches.  zero: of the stage's mesh.
+    rows, length: of its batch, over all devices.  accumulate: microbatches.  zero, zero_data: of the
+        stage's mesh.
     new_tokens: of a decode, how many it writes after each row's prompt.
     """
 
@@ -55,6 +56,7 @@ class Program:
     learner: Learner | None = None
     accumulate: int = 1
     zero: int = 3
+    zero_data: bool = False
     new_tokens: int = 0
 
     @property
@@ -137,6 +139,7 @@ def _supervised(stage: Stage, recipe: Recipe, mesh: Any) -> list[Program]:
         learner=learner,
         accumulate=stage.accumulate,
         zero=stage.mesh.zero,
+        zero_data=stage.mesh.zero_data,
         **size,
     )
     if not isinstance(stage.objective, DPO):
@@ -201,6 +204,7 @@ def _ppo(stage: PPOStage, recipe: Recipe, mesh: Any) -> list[Program]:
                 learner=learner,
                 accumulate=stage.accumulate,
                 zero=stage.mesh.zero,
+                zero_data=stage.mesh.zero_data,
                 **size,
             )
         )

@@ -9,10 +9,11 @@ import jax
 from jax.sharding import Mesh
 
 from jaxtrain.models import Model
-from jaxtrain.train.state import abstract_state
+from jaxtrain.sharding import ShardingRules, state_rules
+from jaxtrain.train.state import abstract_state, init_state
 from jaxtrain.train.step import Step, in_mesh, make_train_step
 from jaxtrain.train.zero import gather
-from jaxtrain.types import Objective, TrainState
+from jaxtrain.types import Objective, Params, TrainState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -20,7 +21,7 @@ class Learner:
     """One trained model of a stage.
 
     target: the state as ShapeDtypeStructs with shardings, what it is restored into.
-    jitted: the train step; compile it with the mesh set.
+    jitted: the train step; compile it with the mesh set.  rules: where the state lives.
     """
 
     model: Model
@@ -28,6 +29,11 @@ class Learner:
     target: TrainState
     jitted: Any
     mesh: Mesh
+    rules: ShardingRules
+
+    def fresh(self, seed: int, params: Params) -> TrainState:
+        """The state before the first update, of a copy of ``params``."""
+        return init_state(self.model, self.tx, self.mesh, seed, params, self.rules)
 
     @property
     def step(self) -> Step:
@@ -39,7 +45,8 @@ def make_learner(
 ) -> Learner:
     """stage: a Stage or PPOStage, for what its steps share.  updates: of the whole run, for the schedule."""
     tx = optimizer.build(updates, model.shapes(), model.axes)
-    target = abstract_state(model, tx, mesh)
+    rules = state_rules(model.rules, stage.mesh)
+    target = abstract_state(model, tx, mesh, rules)
     jitted = make_train_step(
         model.apply,
         objective,
@@ -49,6 +56,6 @@ def make_learner(
         learning_rate=lambda done: optimizer.learning_rate(done, updates),
         balance=model.balance,
         shardings=jax.tree.map(lambda x: x.sharding, target),
-        gather=gather(model, mesh, stage.mesh.zero),
+        gather=gather(model, mesh, stage.mesh),
     )
-    return Learner(model=model, tx=tx, target=target, jitted=jitted, mesh=mesh)
+    return Learner(model=model, tx=tx, target=target, jitted=jitted, mesh=mesh, rules=rules)

@@ -23,7 +23,6 @@ from jaxtrain.rl.rollout import PromptBatch
 from jaxtrain.sharding import make_mesh, put_batch, put_everywhere
 from jaxtrain.train.loop import check_streak, from_trees, state_trees
 from jaxtrain.train.metrics import MetricLog
-from jaxtrain.train.state import init_state
 from jaxtrain.types import Params, TrainState
 
 Figures = list[dict[str, Any]]
@@ -119,11 +118,11 @@ class PPOJob:
             target = self._trees(self.policy.target, self.critic and self.critic.target, new_loop_state(stage.ppo))
             found = checkpoints.restore_latest(target, {"model": meta["model"], "hash": meta["hash"]})
             if found is None:
-                policy = init_state(self.model, self.policy.tx, self.mesh, seed, self.first_params())
+                policy = self.policy.fresh(seed, self.first_params())
                 critic = None
                 if self.critic is not None:
                     params = self.runtime.start_params(self.critic.model, self.critic_init, self.mesh, seed)
-                    critic = init_state(self.critic.model, self.critic.tx, self.mesh, seed, params)
+                    critic = self.critic.fresh(seed, params)
                 state = new_loop_state(stage.ppo)
             else:
                 trees = found[1]

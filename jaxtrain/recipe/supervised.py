@@ -22,7 +22,6 @@ from jaxtrain.recipe.runtime import Parent, Runtime
 from jaxtrain.sharding import local_rows, make_mesh, put_batch
 from jaxtrain.train.loop import fit, from_trees, state_trees
 from jaxtrain.train.metrics import MetricLog
-from jaxtrain.train.state import init_state
 from jaxtrain.train.step import in_mesh
 from jaxtrain.types import Pairs, Params
 
@@ -88,12 +87,12 @@ class SupervisedJob:
 
     def train(self, meta: dict[str, Any]) -> Params:
         """Trains to the end, from the newest checkpoint if there is one, and returns the last parameters."""
-        stage, tx, target = self.stage, self.learner.tx, self.learner.target
+        stage, target = self.stage, self.learner.target
         checkpoints = Checkpoints(self.folder / "checkpoints", keep=stage.keep)
         try:
             found = checkpoints.restore_latest(state_trees(target), {"model": meta["model"], "hash": meta["hash"]})
             if found is None:
-                start, state = 0, init_state(self.model, tx, self.mesh, self.runtime.recipe.seed, self.first_params())
+                start, state = 0, self.learner.fresh(self.runtime.recipe.seed, self.first_params())
             else:
                 start, state = found[0], from_trees(found[1])
                 self.runtime.say(f"{stage.name}: continuing after step {start}")

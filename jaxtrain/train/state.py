@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.models import Model
 from jaxtrain.optim import state_axes
-from jaxtrain.sharding import is_names, param_shardings
+from jaxtrain.sharding import ShardingRules, is_names, param_shardings
 from jaxtrain.types import Params, TrainState
 
 
@@ -32,32 +32,35 @@ def new_state(params: Params, tx: optax.GradientTransformation, seed: int) -> Tr
     )
 
 
-def state_shardings(model: Model, shapes: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(model: Model, shapes: TrainState, mesh: Mesh, rules: ShardingRules | None = None) -> TrainState:
     """Where each array of a state lives: parameters by the model's rules, optimizer moments with their parameter.
 
-    ``shapes``: the state's ShapeDtypeStructs.  What has no parameter's shape (counters, factored moments) is
-    replicated.
+    ``shapes``: the state's ShapeDtypeStructs.  rules: the model's, or others (``state_rules``).  What has no
+    parameter's shape (counters, factored moments) is replicated.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
+    rules = rules or model.rules
 
     def place(names: tuple[str | None, ...]) -> NamedSharding:
-        return NamedSharding(mesh, model.rules.spec(names))
+        return NamedSharding(mesh, rules.spec(names))
 
     moments = state_axes(shapes.opt_state, shapes.params, model.axes)
     return TrainState(
         step=replicated,
         skipped=replicated,
         streak=replicated,
-        params=param_shardings(model.axes, shapes.params, mesh, model.rules),
+        params=param_shardings(model.axes, shapes.params, mesh, rules),
         opt_state=jax.tree.map(place, moments, is_leaf=is_names),
         rng=replicated,
     )
 
 
-def abstract_state(model: Model, tx: optax.GradientTransformation, mesh: Mesh) -> TrainState:
+def abstract_state(
+    model: Model, tx: optax.GradientTransformation, mesh: Mesh, rules: ShardingRules | None = None
+) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
     shapes = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), tx, 0))
-    shardings = state_shardings(model, shapes, mesh)
+    shardings = state_shardings(model, shapes, mesh, rules)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -76,10 +79,15 @@ def init_params(model: Model, mesh: Mesh, seed: int) -> Params:
 
 
 def init_state(
-    model: Model, tx: optax.GradientTransformation, mesh: Mesh, seed: int, params: Params | None = None
+    model: Model,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    seed: int,
+    params: Params | None = None,
+    rules: ShardingRules | None = None,
 ) -> TrainState:
-    """A fresh state on the mesh; ``params`` (copied) instead of new ones when given."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh))
+    """A fresh state on the mesh, as ``abstract_state`` says; ``params`` (copied) instead of new ones when given."""
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, rules))
     with jax.set_mesh(mesh):
         if params is None:
             params = init_params(model, mesh, seed)

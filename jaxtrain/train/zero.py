@@ -6,6 +6,10 @@ makes whole, and thereby what it holds and sends:
     3   nothing: a layer's parameters are gathered when the layer is computed, and again in the backward pass
     2   parameters, once a step, in the type that the model computes in; each microbatch's gradients are split at once
     1   those, and the sum of the gradients, which is split when the last microbatch is done
+
+With ``MeshConfig.zero_data`` the state is split over ``data`` as well, and a step makes it whole over that axis as
+level 2 does over ``fsdp``: as many bytes are sent as by the sum of gradients over ``data`` otherwise, and its devices
+are spared a copy each of parameters and optimizer.
 """
 
 from __future__ import annotations
@@ -17,15 +21,13 @@ import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.models import Model
-from jaxtrain.sharding import param_shardings
+from jaxtrain.sharding import MeshConfig, param_shardings, state_rules
 from jaxtrain.types import Params
-
-LEVELS = (1, 2, 3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
 class Gather:
-    """Levels 1 and 2 of a model on a mesh.  split, whole: shardings of its parameters.  dtypes: ``Model.dtypes``."""
+    """What a step makes whole.  split, whole: shardings of a model's parameters.  dtypes: ``Model.dtypes``."""
 
     level: int
     dtypes: Params
@@ -33,7 +35,7 @@ class Gather:
     whole: Params
 
     def params(self, params: Params) -> Params:
-        """Whole over ``fsdp``, in the types that they are used in: what a step computes with.
+        """Whole, in the types that they are used in: what a step computes with.
 
         What is used in several types or places (embeddings, heads, norms) stays as it is: it is gathered where it is
         used, which is not inside the loop over layers, and its gradients are added in its own type.  So do the
@@ -54,18 +56,19 @@ class Gather:
         return jax.lax.with_sharding_constraint(grads, self.split)
 
 
-def gather(model: Model, mesh: Mesh, level: int) -> Gather | None:
-    """What ``make_train_step`` does at a level of ``MeshConfig.zero``; None where that is what it does anyway."""
-    assert level in LEVELS, level
-    if level == 3 or mesh.shape["fsdp"] == 1:
+def gather(model: Model, mesh: Mesh, config: MeshConfig) -> Gather | None:
+    """What ``make_train_step`` makes whole on ``mesh``, a mesh of ``config``; None for nothing."""
+    axes = ("fsdp",) * (config.zero < 3) + ("data",) * config.zero_data
+    if not any(mesh.shape[axis] > 1 for axis in axes):
         return None
-    split = param_shardings(model.axes, model.shapes(), mesh, model.rules)
-    return Gather(level=level, dtypes=model.dtypes, split=split, whole=jax.tree.map(_without_fsdp, split))
+    split = param_shardings(model.axes, model.shapes(), mesh, state_rules(model.rules, config))
+    whole = jax.tree.map(lambda sharding: _without(axes, sharding), split)
+    return Gather(level=config.zero, dtypes=model.dtypes, split=split, whole=whole)
 
 
-def _without_fsdp(sharding: NamedSharding) -> NamedSharding:
+def _without(axes: tuple[str, ...], sharding: NamedSharding) -> NamedSharding:
     def left(entry: Any) -> Any:
-        axes = (entry,) if isinstance(entry, str) else entry or ()
-        return tuple(axis for axis in axes if axis != "fsdp") or None
+        own = (entry,) if isinstance(entry, str) else entry or ()
+        return tuple(axis for axis in own if axis not in axes) or None
 
     return NamedSharding(sharding.mesh, PartitionSpec(*map(left, sharding.spec)))

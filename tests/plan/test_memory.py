@@ -128,6 +128,25 @@ def test_zero_says_what_is_whole_while_a_step_runs(parts):
     }
 
 
+def test_a_state_split_over_data_too(parts):
+    both = ("MeshConfig.data = 2", "MeshConfig.fsdp = 4")
+    (plain, mesh), (split, _) = parts("lm", *both), parts("lm", *both, "MeshConfig.zero_data = True")
+    memory = [program_memory(found["train"], mesh) for found in (plain, split)]
+    for part in ("parameters", "optimizer", "gradients"):
+        assert memory[1][part] == pytest.approx(memory[0][part] / 2, rel=0.02)
+    # The copy that a step computes with is whole over data.
+    assert memory[1]["temporaries"] == pytest.approx(memory[0]["temporaries"], rel=0.02)
+    over_data = [
+        {item.collective.kind for item, _ in hlo.flat(items_of(found["train"], mesh)) if _axes(item) == ("data",)}
+        for found in (plain, split)
+    ]
+    assert over_data == [{"all-reduce"}, {"all-gather", "reduce-scatter"}]
+
+
+def _axes(item) -> tuple[str, ...]:
+    return item.collective.axes if hasattr(item, "collective") else ()
+
+
 def test_what_goes_to_the_host_is_not_on_the_device(parts):
     names = "('query', 'mlp_up')"
     saved = {}

@@ -18,6 +18,7 @@ MESHES = {
     "fsdp2-data4": MeshConfig(fsdp=2, data=4),
     "fsdp4-data2-zero1": MeshConfig(fsdp=4, data=2, zero=1),
     "fsdp4-data2-zero2": MeshConfig(fsdp=4, data=2, zero=2),
+    "fsdp2-data2-tensor2-zero_data": MeshConfig(fsdp=2, data=2, tensor=2, zero_data=True),
     "tensor8": MeshConfig(tensor=8),
     "fsdp2-tensor4": MeshConfig(fsdp=2, tensor=4),
     "fsdp2-tensor2-data2-zero1": MeshConfig(fsdp=2, tensor=2, data=2, zero=1),
@@ -47,7 +48,7 @@ def compute(tools):
         if config in done:
             return done[config]
         mesh = make_mesh(config)
-        whole = gather(model, mesh, config.zero)
+        whole = gather(model, mesh, config)
 
         def all_of_them(params, batches, rng):
             return {

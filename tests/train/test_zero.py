@@ -9,17 +9,19 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain.sharding import MeshConfig, make_mesh, put_batch
+from jaxtrain.sharding import MeshConfig, make_mesh, put_batch, state_rules
 from jaxtrain.train.state import abstract_state, init_state
 from jaxtrain.train.step import make_train_step
-from jaxtrain.train.zero import LEVELS, gather
+from jaxtrain.train.zero import gather
 
 MESH = dict(fsdp=4, data=2)
+KINDS = {level: MeshConfig(**MESH, zero=level) for level in (1, 2, 3)}
+KINDS["data"] = MeshConfig(**MESH, zero_data=True)
 
 
 @pytest.fixture(scope="module")
 def trained(tools):
-    """level -> (state after two updates in microbatches, metrics, the step's program)."""
+    """kind -> (state after two updates in microbatches, metrics, the step's program)."""
     tx, objective = optax.adam(1e-2), tools.objectives["LM"]
     # Its parameters outweigh its activations.
     model = tools.model(d_model=64, d_ff=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=4)
@@ -27,41 +29,42 @@ def trained(tools):
     # Two rows for each device.
     batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch)
 
-    def run(level):
-        mesh = make_mesh(MeshConfig(**MESH, zero=level))
-        target = abstract_state(model, tx, mesh)
+    def run(config):
+        mesh, rules = make_mesh(config), state_rules(model.rules, config)
+        target = abstract_state(model, tx, mesh, rules)
         shardings = jax.tree.map(lambda x: x.sharding, target)
         step = make_train_step(
-            model.apply, objective, tx, accumulate=2, shardings=shardings, gather=gather(model, mesh, level)
+            model.apply, objective, tx, accumulate=2, shardings=shardings, gather=gather(model, mesh, config)
         )
         with jax.set_mesh(mesh):
-            state = init_state(model, tx, mesh, 0)
+            state = init_state(model, tx, mesh, 0, rules=rules)
             compiled = step.lower(state, put_batch(batch, mesh)).compile()
             for _ in range(2):
                 state, metrics = compiled(state, put_batch(batch, mesh))
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         return jax.device_get(state), jax.device_get(metrics), compiled
 
-    return {level: run(level) for level in LEVELS}
+    return {kind: run(config) for kind, config in KINDS.items()}
 
 
-@pytest.mark.parametrize("level", [1, 2])
-def test_every_level_makes_the_same_update(level, trained, tools):
-    tools.assert_close(trained[level][0].params, trained[3][0].params)
-    tools.assert_close(trained[level][0].opt_state, trained[3][0].opt_state)
-    tools.assert_close(trained[level][1], trained[3][1])
+@pytest.mark.parametrize("kind", [1, 2, "data"])
+def test_every_level_makes_the_same_update(kind, trained, tools):
+    tools.assert_close(trained[kind][0].params, trained[3][0].params)
+    tools.assert_close(trained[kind][0].opt_state, trained[3][0].opt_state)
+    tools.assert_close(trained[kind][1], trained[3][1])
 
 
 def test_more_levels_hold_less(trained):
-    temporary = {level: found[2].memory_analysis().temp_size_in_bytes for level, found in trained.items()}
-    split = trained[3][2].memory_analysis()
+    memory = {kind: found[2].memory_analysis() for kind, found in trained.items()}
+    temporary = {kind: found.temp_size_in_bytes for kind, found in memory.items()}
+    held = {kind: found.argument_size_in_bytes for kind, found in memory.items()}
     parameters = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(trained[3][0].params))
     # A quarter of each is what a device holds of it anyway.
     assert temporary[1] - temporary[2] > 0.5 * parameters
     assert temporary[2] - temporary[3] > 0.5 * parameters
-    assert {found[2].memory_analysis().argument_size_in_bytes for found in trained.values()} == {
-        split.argument_size_in_bytes
-    }
+    assert held[1] == held[2] == held[3]
+    # Parameters and two moments, an eighth of each in place of a quarter; the batch and the norms stay as they are.
+    assert held[3] - held["data"] == pytest.approx(3 * parameters / 8, rel=0.02)
 
 
 def gathers_of_layers(text: str) -> dict[str, int]:
@@ -78,6 +81,7 @@ def gathers_of_layers(text: str) -> dict[str, int]:
 def test_where_parameters_are_gathered(trained):
     found = {level: gathers_of_layers(each[2].as_text()) for level, each in trained.items()}
     assert found[3]["inside"] >= 3 and found[3]["outside"] == 0
+    assert found["data"]["inside"] >= 3
     for level in (1, 2):
         # Gate, up and down, once each.
         assert found[level] == {"inside": 0, "outside": 3}, found
@@ -85,16 +89,17 @@ def test_where_parameters_are_gathered(trained):
 
 def test_levels_that_change_nothing(tools):
     model = tools.model()
-    assert gather(model, make_mesh(MeshConfig(fsdp=8)), 3) is None
-    assert gather(model, make_mesh(MeshConfig(data=8)), 1) is None
+    for config in (MeshConfig(fsdp=8), MeshConfig(data=8, zero=1), MeshConfig(fsdp=8, zero_data=True)):
+        assert gather(model, make_mesh(config), config) is None
     with pytest.raises(ValueError, match="zero is 0: 1 splits"):
         MeshConfig(zero=0)
 
 
 def test_what_is_used_in_one_type_is_gathered_in_it(tools):
     model = tools.model(compute_dtype="bfloat16")
-    mesh = make_mesh(MeshConfig(fsdp=2, tensor=2, data=2))
-    whole = gather(model, mesh, 2)
+    config = MeshConfig(fsdp=2, tensor=2, data=2, zero=2)
+    mesh = make_mesh(config)
+    whole = gather(model, mesh, config)
     with jax.set_mesh(mesh):
         params = jax.jit(whole.params)(model.init(jax.random.key(0)))
     query = params["layers"]["attention"]["query"]["kernel"]
