@@ -128,7 +128,8 @@ def test_a_single_process_is_preempted_and_continues(recipe, environment, tmp_pa
             [sys.executable, "-m", "jaxtrain.main", *map(str, words)], env=env, stdout=file, stderr=file
         )
         try:
-            while not (out / "stages" / "lm" / "metrics.jsonl").exists():
+            metrics = out / "stages" / "lm" / "metrics.jsonl"
+            while not (metrics.exists() and metrics.stat().st_size):  # a step has been made
                 assert process.poll() is None, log.read_text()
                 time.sleep(0.02)
             process.terminate()
