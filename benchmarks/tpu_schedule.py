@@ -161,13 +161,7 @@ def keep_schedules(folder: Path) -> None:
 
 def compiler_environment(dump: Path) -> dict[str, str]:
     """Variables for a process that compiles for TPUs on a machine without one, and dumps what it makes there."""
-    return os.environ | {
-        "JAX_PLATFORMS": "cpu",
-        "TPU_SKIP_MDS_QUERY": "1",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_ACCELERATOR_TYPE": "v5p-8",
-        "TPU_LOG_DIR": "disabled",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
-        "LIBTPU_INIT_ARGS": f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true",
-    }
+    from jaxtrain.plan.compile import ENVIRONMENT  # brings JAX, which whoever only reads dumps does without
+
+    dumping = f"--xla_jf_dump_to={dump} --xla_jf_dump_llo_text=true"
+    return os.environ | ENVIRONMENT | {"JAX_PLATFORMS": "cpu", "LIBTPU_INIT_ARGS": dumping}

@@ -158,10 +158,8 @@ def parser() -> Parser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    own = argv[: argv.index("--")] if "--" in argv else argv
-    command, options = argv[len(own) + 1 :], parser()
-    args = options.parse_args(own)
+    options = parser()
+    args, command = options.split(argv)
     if not command:
         options.error("the arguments of jaxtrain are missing: give them after --")
     if args.retries < 0:

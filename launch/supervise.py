@@ -263,6 +263,12 @@ class Parser(argparse.ArgumentParser):
         self.print_usage(sys.stderr)
         self.exit(FAULT, f"{self.prog}: error: {message}\n")
 
+    def split(self, argv: Sequence[str] | None) -> tuple[argparse.Namespace, list[str]]:
+        """What stands before ``--``, parsed, and the words after it; argv: None for the process's own."""
+        argv = sys.argv[1:] if argv is None else list(argv)
+        own = argv[: argv.index("--")] if "--" in argv else argv
+        return self.parse_args(own), argv[len(own) + 1 :]
+
 
 class Folder:
     """What a supervisor leaves on its machine: ``status.json``, ``log.GENERATION``, ``heartbeat`` and ``lock``."""
@@ -445,10 +451,9 @@ def parser() -> Parser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
-    own = argv[: argv.index("--")] if "--" in argv else argv
     options = parser()
-    args = options.parse_args(own)
-    args.raw, args.command = argv[1:], argv[len(own) + 1 :]
+    args, args.command = options.split(argv)
+    args.raw = argv[1:]
     if args.does in (start, run) and not args.command:
         options.error("the command to run is missing: give it after --")
     return args.does(args)

@@ -221,10 +221,8 @@ def launch(args: argparse.Namespace, command: Sequence[str], folder: Path) -> in
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    argv = sys.argv[1:] if argv is None else list(argv)
-    own = argv[: argv.index("--")] if "--" in argv else argv
-    command, options = argv[len(own) + 1 :], parser()
-    args = options.parse_args(own)
+    options = parser()
+    args, command = options.split(argv)
     if (args.verb == "run") != bool(command):
         options.error("run takes the arguments of jaxtrain after --; the others take none")
     try:

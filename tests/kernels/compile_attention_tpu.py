@@ -4,7 +4,7 @@
 
 Prints a line of JSON for each program as it is done: the case, seconds, bytes of temporaries and of arguments, whether
 the HLO holds an array of ``T x S``, and ``error`` if the compiler refuses.  A process of its own, because libtpu reads
-its settings when JAX starts.
+its settings when it is loaded.
 """
 
 from __future__ import annotations
@@ -15,15 +15,7 @@ import re
 import sys
 import time
 
-os.environ.update(
-    JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",
-    TPU_WORKER_HOSTNAMES="localhost",
-    TPU_ACCELERATOR_TYPE="v5p-8",
-    TPU_LOG_DIR="disabled",
-    TPU_STDERR_LOG_LEVEL="3",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-)
+os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +27,7 @@ from jaxtrain.kernels.attention import api, tpu
 from jaxtrain.kernels.attention.flash import flash
 from jaxtrain.kernels.attention.masks import Spec, make_marks, visible_share
 from jaxtrain.kernels.target import target
+from jaxtrain.plan.compile import ENVIRONMENT
 from jaxtrain.sharding import AXES
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -92,6 +85,7 @@ def _has_square(shape: str, T: int, S: int) -> bool:
 
 
 def main(cases: list[str]) -> None:
+    os.environ.update(ENVIRONMENT)
     for text in cases:
         case, start = json.loads(text), time.perf_counter()
         try:
