@@ -102,6 +102,12 @@ def _part_axis(x: Any) -> int | None:
     return enough[0] if enough else max(whole, key=lambda axis: x.shape[axis], default=None)
 
 
+def _on_device(x: Any) -> Any:
+    """An array that lives in the host's memory (an optimizer's state may) as one that can be computed with."""
+    host = isinstance(x, jax.Array) and x.sharding.memory_kind not in (None, "device")
+    return jax.device_put(x, x.sharding.with_memory_kind("device")) if host else x
+
+
 def digests(tree: Any) -> dict[str, str]:
     """path -> 16 hex digits: the wrapping sum of the array's mixed words, and their position-weighted sum.
 
@@ -111,10 +117,11 @@ def digests(tree: Any) -> dict[str, str]:
     paths = [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
     leaves = jax.tree.leaves(tree)
     axes = [_part_axis(x) for x in leaves]
-    small = iter(_digests([x for x, axis in zip(leaves, axes) if axis is None]))
+    small = iter(_digests([_on_device(x) for x, axis in zip(leaves, axes) if axis is None]))
     # Each is waited for: together, their temporary buffers would add up.
     sums = [
-        next(small) if axis is None else _digest_in_parts(x, axis).block_until_ready() for x, axis in zip(leaves, axes)
+        next(small) if axis is None else _digest_in_parts(_on_device(x), axis).block_until_ready()
+        for x, axis in zip(leaves, axes)
     ]
     return {path: f"{int(a):08x}{int(b):08x}" for path, (a, b) in zip(paths, map(fetch, sums), strict=True)}
 

@@ -41,11 +41,15 @@ class SavedModel:
     attention: str | None = None
     compute_dtype: str | None = None
     param_dtype: str | None = None
+    quantize: str | None = None
 
     def resolve(self) -> Any:
         """The family's own configuration.  Raises ValueError where the folder has no model, or a model whose family
         lacks one of the fields."""
-        config = read_model_config(Path(self.directory))
+        return self.changed(read_model_config(Path(self.directory)))
+
+    def changed(self, config: Any) -> Any:
+        """``config`` with the fields that are given."""
         changes = {
             field.name: getattr(self, field.name)
             for field in dataclasses.fields(self)

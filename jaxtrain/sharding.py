@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.experimental import mesh_utils
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.types import path_name
 
@@ -27,7 +28,8 @@ class MeshConfig:
 
     data: copies of the model, each on its own rows.  fsdp: rows too, with parameters and optimizer split.
     tensor: heads, MLP width and vocabulary split.  context: the sequence split.  expert: experts of a
-    mixture split; dense models use it as one more data axis.  stage: pipeline stages.
+    mixture split; dense models use it as one more data axis.  stage: layers of a decoder split, microbatches passing
+    through (see ``models.pipeline``); rows are split over it outside of them, and in models without a pipeline.
 
     zero: what stays split over ``fsdp`` while a step runs, after ZeRO (1910.02054): 1 the optimizer's state, 2
     gradients too, 3 parameters too.  It changes neither results nor checkpoints, only memory and what is sent: see
@@ -52,11 +54,6 @@ class MeshConfig:
             raise ValueError(f"MeshConfig: {wrong} must be at least 1, or -1 for the remaining devices")
         if list(sizes.values()).count(-1) > 1:
             raise ValueError(f"MeshConfig: only one axis may be -1, found {sizes}")
-        if self.stage != 1:
-            raise ValueError(
-                f"MeshConfig.stage is {self.stage}: no model here has a pipeline schedule yet; "
-                "use fsdp or tensor to split a model over more devices"
-            )
 
     def _sizes(self) -> dict[str, int]:
         return {axis: getattr(self, axis) for axis in AXES}
@@ -79,8 +76,8 @@ class MeshConfig:
 def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     """Builds the mesh over ``devices`` (default: as many of all the visible devices as the config asks for).
 
-    Raises ValueError when the config needs more devices than there are, or leaves some of a multi-process
-    job's devices out.
+    Raises ValueError when the config needs more devices than there are, leaves some of a multi-process
+    job's devices out, or has no axis for several slices.
     """
     devices = list(jax.devices() if devices is None else devices)
     sizes = config.sizes(len(devices))
@@ -90,12 +87,54 @@ def make_mesh(config: MeshConfig, devices: Sequence[Any] | None = None) -> Mesh:
     if count < len(devices) and jax.process_count() > 1:
         raise ValueError(f"the mesh {sizes} uses {count} of {len(devices)} devices: every host must take part")
     if count == len(jax.devices()) == len(devices):
-        return jax.make_mesh(
-            tuple(sizes.values()), AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES), devices=devices
-        )
+        return whole_mesh(sizes, devices)
     # A subset of the machine: physical order is all there is to go by.
     grid = np.array(devices[:count]).reshape(tuple(sizes.values()))
-    return Mesh(grid, AXES, axis_types=(jax.sharding.AxisType.Auto,) * len(AXES))
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def whole_mesh(sizes: Mapping[str, int], devices: Sequence[Any]) -> Mesh:
+    """The mesh over all devices of a machine, laid out over the torus of each of its slices."""
+    # Devices that a compiler only describes have no number of their slice where there is but one.
+    slices = slices_of(devices)
+    between = slice_axes(sizes, slices)
+    inside = [sizes[axis] // between.get(axis, 1) for axis in AXES]
+
+    def lay_out(**kwargs):
+        if slices == 1:
+            return mesh_utils.create_device_mesh(inside, devices, **kwargs)
+        return mesh_utils.create_hybrid_device_mesh(inside, [between.get(axis, 1) for axis in AXES], devices, **kwargs)
+
+    try:
+        grid = lay_out()
+    except NotImplementedError:  # a dimension of the torus has to be shared by two axes
+        grid = lay_out(allow_split_physical_axes=True)
+    return Mesh(grid, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def slices_of(devices: Iterable[Any]) -> int:
+    """How many slices of TPUs there are; 1 for other devices, whatever joins them."""
+    # Where there is but one, JAX may not number it.
+    return len({getattr(device, "slice_index", 0) for device in devices if device.platform == "tpu"}) or 1
+
+
+def slice_axes(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
+    """Into how many parts slices, joined by a slow network, cut each axis that is cut: ``data``, then ``stage``.
+
+    Raises ValueError where these do not divide.
+    """
+    found, left = {}, slices
+    for axis in ("data", "stage"):
+        part = math.gcd(sizes[axis], left)
+        left //= part
+        if part > 1:
+            found[axis] = part
+    if left > 1:
+        raise ValueError(
+            f"the mesh {dict(sizes)} has no axis for {slices} slices: the network between slices is too slow for all "
+            f"but MeshConfig.data and MeshConfig.stage, so make one of them a multiple of {slices}"
+        )
+    return found
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -137,6 +176,7 @@ DEFAULT_RULES = ShardingRules(
     table=(
         # parameters
         ("layers", ()),
+        ("pipeline", ("stage",)),
         ("vocab", ("tensor",)),
         ("positions", ()),
         ("embed", ("fsdp",)),
@@ -155,9 +195,9 @@ DEFAULT_RULES = ShardingRules(
         ("types", ()),
         ("buckets", ()),
         # activations
-        ("batch", ("data", "fsdp", "expert")),
+        ("batch", ("data", "fsdp", "expert", "stage")),
         ("sequence", ("context",)),
-        ("tokens", ("data", "fsdp", "expert", "tensor")),
+        ("tokens", ("data", "fsdp", "expert", "stage", "tensor")),
         ("stream_sequence", ("context", "tensor")),
         ("act_embed", ()),
         ("act_heads", ("tensor",)),
@@ -221,6 +261,12 @@ def vary_like(x: jax.Array, *others: jax.Array) -> jax.Array:
 
 def _varying(x: jax.Array) -> frozenset[str]:
     return jax.typeof(x).manual_axis_type.varying
+
+
+def free_axes(mesh: Any) -> frozenset[str]:
+    """The axes of a mesh that are not those of a ``shard_map`` around; an empty mesh has none."""
+    kinds = () if mesh.empty else mesh.axis_types
+    return frozenset(axis for axis, kind in zip(mesh.axis_names, kinds, strict=False) if kind != AxisType.Manual)
 
 
 def is_names(leaf: Any) -> bool:

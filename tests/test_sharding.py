@@ -19,6 +19,8 @@ from jaxtrain.sharding import (
     make_mesh,
     param_shardings,
     put_batch,
+    slice_axes,
+    whole_mesh,
 )
 
 
@@ -37,7 +39,6 @@ def test_every_axis_is_in_the_mesh_and_minus_one_takes_the_rest():
         ({"data": 0}, r"\{'data': 0\} must be at least 1"),
         ({"tensor": -2}, r"\{'tensor': -2\} must be at least 1"),
         ({"data": -1, "fsdp": -1}, "only one axis may be -1"),
-        ({"stage": 2}, "MeshConfig.stage is 2: no model here has a pipeline schedule"),
     ],
 )
 def test_meshes_that_make_no_sense_are_refused(sizes, message):
@@ -50,6 +51,31 @@ def test_meshes_that_do_not_fit_the_machine_are_refused():
         make_mesh(MeshConfig(data=16))
     with pytest.raises(ValueError, match=r"MeshConfig.data is -1, but 8 devices are not divisible by the 3"):
         make_mesh(MeshConfig(data=-1, tensor=3))
+
+
+class Chip:
+    """A device of one of several 2x2 slices, as JAX describes it."""
+
+    platform, device_kind, core_on_chip = "tpu", "TPU v5", 0
+
+    def __init__(self, slice_index, number):
+        self.slice_index, self.id, self.process_index = slice_index, 4 * slice_index + number, slice_index
+        self.coords = (number % 2, number // 2, 0)
+
+
+def test_slices_are_joined_by_data_or_by_stages_and_by_nothing_else():
+    devices = [Chip(n // 4, n % 4) for n in range(8)]
+    for sizes in ({"data": 4, "fsdp": 2}, {"data": 2, "tensor": 4}, {"stage": 2, "fsdp": 4}):
+        mesh = whole_mesh(MeshConfig(**sizes).sizes(8), devices)
+        assert dict(mesh.shape) == {axis: sizes.get(axis, 1) for axis in AXES}
+        joined = AXES.index(next(iter(sizes)))
+        first, second = np.split(mesh.devices, 2, axis=joined)
+        assert {chip.slice_index for chip in first.flat} == {0}
+        assert {chip.slice_index for chip in second.flat} == {1}
+    assert slice_axes(MeshConfig(data=2, stage=4, fsdp=2).sizes(16), 4) == {"data": 2, "stage": 2}
+    assert slice_axes(MeshConfig(fsdp=8).sizes(8), 1) == {}
+    with pytest.raises(ValueError, match=r"no axis for 2 slices.*so make one of them a multiple of 2"):
+        whole_mesh(MeshConfig(fsdp=8).sizes(8), devices)
 
 
 def test_the_table_names_duplicates_and_unknown_axes():
@@ -123,7 +149,7 @@ def test_parameters_that_do_not_divide_are_named():
         shardings(num_kv_heads=4, vocab_size=18)
     fitting = shardings(num_kv_heads=4)
     assert fitting["embed"]["embedding"].spec == PartitionSpec(("tensor",), ("fsdp",))
-    assert fitting["layers"]["mlp"]["down"]["kernel"].spec == PartitionSpec(None, ("tensor",), ("fsdp",))
+    assert fitting["layers"]["mlp"]["down"]["kernel"].spec == PartitionSpec(("stage",), ("tensor",), ("fsdp",))
 
 
 def test_batches_are_split_by_rows_or_refused():

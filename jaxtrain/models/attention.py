@@ -14,7 +14,7 @@ from flax import nnx
 
 from jaxtrain.kernels.attention import api
 from jaxtrain.models.cache import Entry, slot_positions, write
-from jaxtrain.models.layers import Linear, NormSpec
+from jaxtrain.models.layers import Linear, NormSpec, linear_kinds
 from jaxtrain.models.rope import Rope, apply_rope
 from jaxtrain.sharding import ShardingRules
 from jaxtrain.types import Array
@@ -66,7 +66,7 @@ class Attention(nnx.Module):
 
     def __init__(self, spec: AttentionSpec, config: Any, rngs: nnx.Rngs):
         D, N, K, H = config.d_model, spec.num_heads, spec.num_kv_heads, spec.head_dim
-        kinds = dict(dtype=config.param_dtype, compute=config.compute_dtype)
+        kinds = linear_kinds(config)
         inner = dict(std=D**-0.5, bias=spec.bias, **kinds)
         self.query = Linear(rngs, (D,), (N, H), ("embed", "q_heads", "head_dim"), **inner)
         self.key = Linear(rngs, (D,), (K, H), ("embed", "kv_heads", "head_dim"), **inner)

@@ -24,6 +24,7 @@ from jaxtrain.models.heads import LazyLogits, ScalarHead, lazy_logits
 from jaxtrain.models.layers import ROWS, dropout, into_stream, normal, out_of_stream, stream
 from jaxtrain.models.moe import MoESpec
 from jaxtrain.models.mtp import MTP, look_ahead
+from jaxtrain.models.pipeline import Pipeline, run_pipeline, stages
 from jaxtrain.models.rope import rope_tables
 from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules
 from jaxtrain.types import Array, Outputs, Params, Tokens
@@ -96,7 +97,8 @@ def build_decoder(config: DecoderConfig, rules: ShardingRules = DEFAULT_RULES) -
             blocks[layer] = functionalize(lambda rngs, layer=layer: Block(layer, config, rngs))
     for name, layers in spec.stacks.items():
         assert all(blocks[layer].axes == blocks[layers[0]].axes for layer in layers), f"{name}: layers differ"
-        parts[name] = stack(blocks[layers[0]], len(layers))
+        axis = "pipeline" if name == spec.pipelined else "layers"
+        parts[name] = stack(blocks[layers[0]], len(layers), axis)
     parts["final_norm"] = functionalize(lambda rngs: spec.norm.build(config.d_model, config.param_dtype))
     if spec.mtp is not None and "lm" in config.heads:
         last = spec.layers()[-1]
@@ -188,19 +190,20 @@ def _forward(
         rng, embed_rng = jax.random.split(rng)
         x = dropout(x, config.dropout, embed_rng)
     tables = {layer.attention.rope_table() for layer in spec.layers()} - {None}
-    shared = {
-        "ropes": {table: rope_tables(table[0], positions, table[1]) for table in tables},
-        "positions": positions,
-        "segments": segments,
-        "constrain": pin,
-    }
+
+    def surroundings(positions: Array, segments: Array, constrain: Constrain) -> dict[str, Any]:
+        ropes = {table: rope_tables(table[0], positions, table[1]) for table in tables}
+        return {"ropes": ropes, "positions": positions, "segments": segments, "constrain": constrain}
+
+    shared = surroundings(positions, segments, pin)
     keys = None if rng is None else jax.random.split(rng, config.num_layers)
     start, entries, balance = 0, [], {}
     for name, layers in spec.stacks.items():
-        run = partial(_run_layers, config, layers, blocks, params[name], shared=shared)
-        if cache is None:
-            mine = None if keys is None else keys[start : start + len(layers)]
-            x, balance[name] = run(x, keys=mine)
+        mine = None if keys is None else keys[start : start + len(layers)]
+        if cache is None and name == spec.pipelined and stages() > 1:
+            x, balance[name] = _run_stages(config, layers, blocks, params[name], x, mine, tokens, surroundings, pin)
+        elif cache is None:
+            x, balance[name] = _run_layers(config, layers, blocks, params[name], x, keys=mine, shared=shared)
         else:
             x, new = _run_cached(layers, blocks, params[name], x, shared, cache, start)
             entries += new
@@ -317,6 +320,30 @@ def _run_layers(config, layers, blocks, params, x, *, keys, shared):
     if last:
         balances.append(jax.tree.map(lambda *leaves: jnp.stack(leaves), *last))
     return x, jax.tree.map(lambda *parts: jnp.concatenate(parts), *balances)
+
+
+def _run_stages(config, layers, blocks, params, x, keys, tokens, surroundings, pin):
+    """``_run_layers`` as a pipeline: x and what the layers say about their balance."""
+    B, T = tokens.ids.shape
+    pipe = Pipeline.of(config, layers, B, pin)
+    each = len(layers) // (pipe.stages * pipe.rounds)
+
+    def run(params, of_round, rows_BTD, marks, rng, constrain):
+        rows = rows_BTD.reshape(-1, config.d_model) if x.ndim == 2 else rows_BTD
+        keys = None if rng is None else jax.random.split(rng, each)
+        shared = surroundings(marks["positions"], marks["segments"], constrain)
+        rows = stream(rows, constrain)
+        mine = {
+            spec: lambda layer, *args, block=block, **kw: block(of_round(layer), *args, **kw)
+            for spec, block in blocks.items()
+        }
+        rows, balance = _run_layers(config, layers[:each], mine, params, rows, keys=keys, shared=shared)
+        return rows.reshape(rows_BTD.shape), balance
+
+    marks = {"positions": tokens.positions, "segments": tokens.segments}
+    rng = None if keys is None else keys[0]
+    y, balance = run_pipeline(run, pipe, params, x.reshape(B, T, -1), marks, rng, pin)
+    return pin(y.reshape(x.shape), (*ROWS[x.ndim], "act_embed")), balance
 
 
 def _run_cached(layers, blocks, params, x, shared, cache, start):

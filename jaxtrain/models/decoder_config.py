@@ -10,6 +10,7 @@ import jax
 
 from jaxtrain.kernels.attention.api import BACKENDS
 from jaxtrain.kernels.cross_entropy import api as cross_entropy
+from jaxtrain.models import quantize
 from jaxtrain.models.attention import AttentionSpec
 from jaxtrain.models.balance import BalanceSpec
 from jaxtrain.models.layers import MLPSpec, NormSpec
@@ -32,7 +33,9 @@ REMAT_NAMES = ("stream", *REMAT_ATTENTION, "mlp_gate", "mlp_up", "mlp_out")
 def remat_policy(config: Any) -> Any:
     """For ``jax.checkpoint``, by a config's remat fields."""
     if not (config.remat_save or config.remat_offload):
-        return REMAT[config.remat]
+        policy = REMAT[config.remat]
+        quantized = config.remat == "dots" and config.quantize != quantize.NONE
+        return quantize.saves_products(policy) if quantized else policy
     return jax.checkpoint_policies.save_and_offload_only_these_names(
         names_which_can_be_saved=list(config.remat_save),
         names_which_can_be_offloaded=list(config.remat_offload),
@@ -74,6 +77,11 @@ class DecoderSpec:
     balance: BalanceSpec = BalanceSpec()
     mtp: MTPSpec | None = None
 
+    @property
+    def pipelined(self) -> str:
+        """The stack that pipeline stages share out: the longest."""
+        return max(self.stacks, key=lambda name: len(self.stacks[name]))
+
     def layers(self) -> tuple[LayerSpec, ...]:
         """All layers, from first to last."""
         return tuple(layer for layers in self.stacks.values() for layer in layers)
@@ -89,6 +97,11 @@ class DecoderConfig:
     layer's input.  remat_save, remat_offload: of ``REMAT_NAMES``, what "full" keeps after all, on the device or in the
     host's memory.  scan_unroll: layers compiled in line per loop turn; more is faster to run, slower to compile.
     attention, cross_entropy: backends, see ``api.py`` of each in ``kernels``.
+    quantize: "int8" or "fp8" computes the layers' products with matrices, forward and backward, in 8 bits (see
+        ``models.quantize``): projections of attention, feed-forward parts, experts; not attention itself, routers,
+        norms, embeddings or heads.  Parameters and checkpoints stay as they are.
+    pipeline_microbatches, pipeline_rounds: where ``MeshConfig.stage`` splits layers, into how many parts a batch is cut
+    (0: as many as divide it, up to four a stage), and how often each passes every stage; see ``pipeline``.
     """
 
     vocab_size: int
@@ -112,8 +125,11 @@ class DecoderConfig:
     scan_unroll: int = 1
     attention: str = "auto"
     cross_entropy: str = "auto"
+    pipeline_microbatches: int = 0
+    pipeline_rounds: int = 1
     compute_dtype: str = "float32"
     param_dtype: str = "float32"
+    quantize: str = quantize.NONE
 
     def __post_init__(self):
         for name in ("vocab_size", "num_layers", "d_model", "num_heads", "num_kv_heads", "d_ff", "max_positions"):
@@ -133,6 +149,11 @@ class DecoderConfig:
             raise ValueError(f"scan_unroll={self.scan_unroll} must be from 1 to num_layers={self.num_layers}")
         if not self.heads or set(self.heads) - set(HEADS) or len(set(self.heads)) != len(self.heads):
             raise ValueError(f"heads must name some of {HEADS} once each, found {self.heads}")
+        if self.pipeline_microbatches < 0 or self.pipeline_rounds < 1:
+            raise ValueError(
+                "pipeline_microbatches must be at least 0 and pipeline_rounds at least 1, found "
+                f"{self.pipeline_microbatches} and {self.pipeline_rounds}"
+            )
         if self.remat not in REMAT:
             raise ValueError(f"remat={self.remat!r}; one of {tuple(REMAT)}")
         named = (*self.remat_save, *self.remat_offload)
@@ -146,6 +167,7 @@ class DecoderConfig:
             raise ValueError(f"attention={self.attention!r}; one of {BACKENDS}")
         if self.cross_entropy not in cross_entropy.BACKENDS:
             raise ValueError(f"cross_entropy={self.cross_entropy!r}; one of {cross_entropy.BACKENDS}")
+        quantize.check(self.quantize)
         for name in ("compute_dtype", "param_dtype"):
             if getattr(self, name) not in ("float32", "bfloat16"):
                 raise ValueError(f"{name}={getattr(self, name)!r}; 'float32' or 'bfloat16'")

@@ -60,9 +60,12 @@ def functionalize(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
     return Functional(init=init, call=call, axes=axes, dtypes=dtypes)
 
 
-def stack(one: Functional, count: int) -> Functional:
-    """``count`` copies with parameters stacked on a leading ``layers`` axis; ``call`` still takes one layer's."""
-    axes = jax.tree.map(lambda names: ("layers", *names), one.axes, is_leaf=lambda x: isinstance(x, tuple))
+def stack(one: Functional, count: int, name: str = "layers") -> Functional:
+    """``count`` copies with parameters stacked on a leading axis; ``call`` still takes one layer's.
+
+    name: the axis' logical name: "pipeline" of layers that pipeline stages share out, else "layers".
+    """
+    axes = jax.tree.map(lambda names: (name, *names), one.axes, is_leaf=lambda x: isinstance(x, tuple))
 
     def init(key: Array) -> Params:
         return jax.vmap(one.init)(jax.random.split(key, count))

@@ -20,7 +20,7 @@ from flax import nnx
 
 from jaxtrain.kernels.attention import api
 from jaxtrain.models.cache import Entry, slot_positions, write
-from jaxtrain.models.layers import Linear, NormSpec
+from jaxtrain.models.layers import Linear, NormSpec, linear_kinds
 from jaxtrain.models.rope import Rope, apply_rope
 from jaxtrain.types import Array
 
@@ -76,7 +76,7 @@ class LatentAttention(nnx.Module):
     def __init__(self, spec: LatentSpec, config: Any, rngs: nnx.Rngs):
         D, N, C, R = config.d_model, spec.num_heads, spec.latent_size, spec.rope_dim
         P, V, Q = spec.plain_dim, spec.value_dim, spec.query_rank
-        kinds = dict(dtype=config.param_dtype, compute=config.compute_dtype)
+        kinds = linear_kinds(config)
         reads = dict(std=D**-0.5, bias=spec.bias, **kinds)
         if Q:
             self.query_down = Linear(rngs, (D,), (Q,), ("embed", "rank"), **reads)

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtrain.models import quantize
 from jaxtrain.models.functional import param
 from jaxtrain.models.int8 import Int8
 from jaxtrain.sharding import Constrain
@@ -129,25 +130,49 @@ class LayerNorm(nnx.Module):
 
 
 class Linear(nnx.Module):
-    """A matrix whose dimensions are grouped: ``inputs`` are contracted, ``outputs`` appear, and may have a bias."""
+    """A matrix whose dimensions are grouped: ``inputs`` are contracted, ``outputs`` appear, and may have a bias.
 
-    def __init__(self, rngs, inputs, outputs, names, *, std: float, dtype: Any, compute: Any, bias: bool = False):
+    quantize: see ``models.quantize``.
+    """
+
+    def __init__(
+        self,
+        rngs,
+        inputs,
+        outputs,
+        names,
+        *,
+        std: float,
+        dtype: Any,
+        compute: Any,
+        bias: bool = False,
+        quantize: str = quantize.NONE,
+    ):
         self.kernel = param(normal(rngs, (*inputs, *outputs), std, dtype), *names, compute=compute)
         self.bias = param(jnp.zeros(outputs, dtype), *names[len(inputs) :], compute=compute) if bias else None
         self.num_inputs = len(inputs)
         self.compute = compute
+        self.quantize = quantize
 
     def __call__(self, x: Array) -> Array:
-        y = contract(x, self.kernel[...].astype(self.compute), self.num_inputs)
+        y = contract(x, self.kernel[...].astype(self.compute), self.num_inputs, quantized=self.quantize)
         return y if self.bias is None else y + self.bias[...].astype(self.compute)
 
 
-def contract(x: Array, kernel: Array, num_inputs: int = 1, **kwargs: Any) -> Array:
+def linear_kinds(config: Any) -> dict[str, Any]:
+    """The types in which a config's layers keep matrices and multiply by them, for ``Linear``."""
+    # Encoders have no such field: none of the objectives is theirs.
+    quantized = getattr(config, "quantize", quantize.NONE)
+    return {"dtype": config.param_dtype, "compute": config.compute_dtype, "quantize": quantized}
+
+
+def contract(x: Array, kernel: Array, num_inputs: int = 1, *, quantized: str = quantize.NONE, **kwargs: Any) -> Array:
     """``[..., inputs] x [inputs, outputs] -> [..., outputs]``; inputs and outputs may be several dimensions each."""
     if isinstance(kernel, Int8):
         return contract(x, kernel.values.astype(x.dtype), num_inputs, **kwargs) * kernel.scales.astype(x.dtype)
     size = math.prod(kernel.shape[:num_inputs])
-    product = jnp.matmul(x.reshape(*x.shape[: x.ndim - num_inputs], size), kernel.reshape(size, -1), **kwargs)
+    matmul = jnp.matmul if quantized == quantize.NONE else partial(quantize.matmul, quantized)
+    product = matmul(x.reshape(*x.shape[: x.ndim - num_inputs], size), kernel.reshape(size, -1), **kwargs)
     return product.reshape(*product.shape[:-1], *kernel.shape[num_inputs:])
 
 
@@ -178,7 +203,7 @@ class MLP(nnx.Module):
 
     def __init__(self, spec: MLPSpec, config: Any, rngs: nnx.Rngs):
         D, F = config.d_model, spec.d_ff
-        kinds = dict(dtype=config.param_dtype, compute=config.compute_dtype, bias=spec.bias)
+        kinds = linear_kinds(config) | {"bias": spec.bias}
         if spec.gated:
             self.gate = Linear(rngs, (D,), (F,), ("embed", "mlp"), std=D**-0.5, **kinds)
         self.up = Linear(rngs, (D,), (F,), ("embed", "mlp"), std=D**-0.5, **kinds)

@@ -21,10 +21,10 @@ from flax import nnx
 from jax.sharding import PartitionSpec
 
 from jaxtrain.kernels.grouped_matmul.api import grouped_matmul
-from jaxtrain.models import balance
+from jaxtrain.models import balance, quantize
 from jaxtrain.models.functional import param
 from jaxtrain.models.layers import ACTIVATIONS, ROWS, MLPSpec, normal
-from jaxtrain.sharding import ShardingRules, vary_like
+from jaxtrain.sharding import ShardingRules, free_axes, vary_like
 from jaxtrain.types import Array
 
 ROUTER = ("embed", "router")
@@ -127,6 +127,7 @@ class MoE(nnx.Module):
             self.shared = shared.build(config, rngs)
         self.spec = spec
         self.compute = config.compute_dtype
+        self.quantize = config.quantize
 
     def __call__(self, x, *, segments, constrain, decoding: bool = False):
         """``[B, T, D]`` or ``[B * T, D]``, and what the layer has to say about its balance, see ``balance.measure``."""
@@ -137,7 +138,7 @@ class MoE(nnx.Module):
         if self.spec.bias:
             weights["bias"] = jax.lax.stop_gradient(self.router.bias[...].astype(jnp.float32))
         spec = dataclasses.replace(self.spec, capacity_factor=0.0) if decoding else self.spec
-        y, said = sparse(spec, x, segments, weights, constrain.rules)
+        y, said = sparse(spec, x, segments, weights, constrain.rules, self.quantize)
         if self.spec.shared_d_ff:
             y = y + self.shared(x, constrain=constrain)[0]
         return constrain(y, (*ROWS[y.ndim], "act_embed")), said
@@ -186,7 +187,14 @@ class Layout(NamedTuple):
         return (*(axis for axis in self.experts if axis not in self.tokens), *self.mlp)
 
 
-def sparse(spec: MoESpec, x: Array, segments: Array, weights: dict[str, Array], rules: ShardingRules):
+def sparse(
+    spec: MoESpec,
+    x: Array,
+    segments: Array,
+    weights: dict[str, Array],
+    rules: ShardingRules,
+    quantized: str = quantize.NONE,
+):
     """The routed part, ``(y, balance)``: on a mesh under a ``shard_map`` that splits tokens and weights.
 
     x: ``[B, T, D]`` or ``[B * T, D]``.  segments: int32 ``[B, T]``.
@@ -196,7 +204,7 @@ def sparse(spec: MoESpec, x: Array, segments: Array, weights: dict[str, Array], 
     x = x.reshape(B, T, -1)
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
-        y, said = _local(spec, Layout(), T, x, segments, weights)
+        y, said = _local(spec, Layout(), T, quantized, x, segments, weights)
         return y.reshape(shape), said
     layout = Layout.of(rules)
     # A shard_map wants even parts; elsewhere the compiler sees to it.
@@ -217,14 +225,23 @@ def sparse(spec: MoESpec, x: Array, segments: Array, weights: dict[str, Array], 
     }
     positions = PartitionSpec(layout.rows, layout.sequence)
     y, said = jax.shard_map(
-        partial(_local, spec, layout, segments.shape[1]),
+        partial(_local, spec, layout, segments.shape[1], quantized),
         in_specs=(tokens, positions, {name: specs[name] for name in weights}),
         out_specs=(tokens, PartitionSpec()),
+        axis_names=free_axes(mesh),
     )(x, segments, weights)
     return y[:B, :T].reshape(shape), said
 
 
-def _local(spec: MoESpec, layout: Layout, length: int, x: Array, segments: Array, weights: dict[str, Array]):
+def _local(
+    spec: MoESpec,
+    layout: Layout,
+    length: int,
+    quantized: str,
+    x: Array,
+    segments: Array,
+    weights: dict[str, Array],
+):
     """One device's ``x [B, T, D]``; ``length`` is the T of whole rows.  Without axes, everything."""
     K, E = spec.top_k, spec.num_experts
     x_ND = x.reshape(-1, x.shape[-1])
@@ -259,8 +276,9 @@ def _local(spec: MoESpec, layout: Layout, length: int, x: Array, segments: Array
     sizes_E = jnp.zeros((here + 1,), jnp.int32).at[mine_M].add(1)[:here]
     rows_MD = _dispatch(K, x_ND, order_M, inverse_M)
     act = ACTIVATIONS[spec.activation]
-    h_MF = act(grouped_matmul(rows_MD, gate, sizes_E)) * grouped_matmul(rows_MD, up, sizes_E)
-    out_MD = _combine(grouped_matmul(h_MF, down, sizes_E), order_M, inverse_M)
+    product = grouped_matmul if quantized == quantize.NONE else partial(quantize.grouped_matmul, quantized)
+    h_MF = act(product(rows_MD, gate, sizes_E)) * product(rows_MD, up, sizes_E)
+    out_MD = _combine(product(h_MF, down, sizes_E), order_M, inverse_M)
     out_NKD = out_MD.reshape(-1, K, out_MD.shape[-1]).astype(jnp.float32)
     y_ND = jnp.sum(out_NKD * shares_NK[..., None], axis=1).astype(x.dtype)
     if layout.exchanged:

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.models.heads import LazyLogits
-from jaxtrain.models.layers import Linear, NormSpec
+from jaxtrain.models.layers import Linear, NormSpec, linear_kinds
 from jaxtrain.types import Array, Auxiliary, Params, Sum, Tokens
 
 
@@ -41,7 +41,7 @@ class MTP(nnx.Module):
         D = config.d_model
         self.embed_norm = norm.build(D, config.param_dtype)
         self.hidden_norm = norm.build(D, config.param_dtype)
-        kinds = dict(dtype=config.param_dtype, compute=config.compute_dtype)
+        kinds = linear_kinds(config)
         self.proj = Linear(rngs, (2 * D,), (D,), ("mlp", "embed"), std=(2 * D) ** -0.5, **kinds)
         self.block = block(rngs)
         self.norm = norm.build(D, config.param_dtype)

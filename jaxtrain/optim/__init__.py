@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxtrain.optim.masks import DEFAULT_DECAY_RULES, decay_mask, frozen_mask, parameter_paths, rule_mask
+from jaxtrain.optim.master import MasterState, apply_updates
 from jaxtrain.optim.optimizers import Adafactor, AdamW, Lion, Muon, Optimizer
 from jaxtrain.optim.schedules import (
     Constant,
@@ -12,7 +13,7 @@ from jaxtrain.optim.schedules import (
     WarmupCosine,
     WarmupStableDecay,
 )
-from jaxtrain.optim.state_axes import state_axes
+from jaxtrain.optim.state_axes import state_axes, state_owners
 
 OPTIMIZERS: dict[str, type[Optimizer]] = {cls.__name__: cls for cls in (AdamW, Adafactor, Lion, Muon)}
 SCHEDULES: dict[str, type[Schedule]] = {
@@ -29,14 +30,17 @@ __all__ = [
     "InverseSqrt",
     "Linear",
     "Lion",
+    "MasterState",
     "Muon",
     "Optimizer",
     "Schedule",
     "WarmupCosine",
     "WarmupStableDecay",
+    "apply_updates",
     "decay_mask",
     "frozen_mask",
     "parameter_paths",
     "rule_mask",
     "state_axes",
+    "state_owners",
 ]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 # Copies of a matrix, each on its own.
-BATCH_NAMES = frozenset({"layers", "expert", "experts"})
+BATCH_NAMES = frozenset({"layers", "pipeline", "expert", "experts"})
 # Neighbours among these are together one side of the matrix.
 HEAD_NAMES = frozenset({"heads", "q_heads", "kv_heads", "head_dim"})
 

@@ -18,19 +18,34 @@ def state_axes(state: Any, shapes: Any, axes: Any) -> Any:
     that parameter's names where the sizes agree, and None where its own size is 1 (Adafactor's moments).
     Anything else, such as the count or a scalar, is replicated.
     """
-    leaves = jax.tree_util.tree_leaves_with_path(shapes)
+    leaves = jax.tree.leaves(shapes)
     names = jax.tree.leaves(axes, is_leaf=lambda x: isinstance(x, tuple))
     assert len(leaves) == len(names), "axes must have the structure of shapes"
-    known = {path_name(path): (leaf.shape, name) for (path, leaf), name in zip(leaves, names, strict=True)}
+
+    def one(leaf, owner):
+        if owner < 0:
+            return (None,) * len(leaf.shape)
+        sizes = leaves[owner].shape
+        return tuple(n if own == size else None for own, size, n in zip(leaf.shape, sizes, names[owner], strict=True))
+
+    return jax.tree.map(one, state, state_owners(state, shapes))
+
+
+def state_owners(state: Any, shapes: Any) -> Any:
+    """A tree like ``state`` with the number of the parameter (among the leaves of ``shapes``) that an array belongs to,
+    as ``state_axes`` says; -1 for what belongs to none."""
+    known = {
+        path_name(path): (number, leaf.shape)
+        for number, (path, leaf) in enumerate(jax.tree_util.tree_leaves_with_path(shapes))
+    }
 
     def find(path, leaf):
         parts = path_name(path).split("/")
         for start in range(len(parts)):  # the longest suffix first
-            shape, name = known.get("/".join(parts[start:]), (None, None))
-            if shape is not None and len(shape) == len(leaf.shape):
-                pairs = list(zip(leaf.shape, shape, name, strict=True))
-                if all(own in (1, size) for own, size, _ in pairs):
-                    return tuple(n if own == size else None for own, size, n in pairs)
-        return (None,) * len(leaf.shape)
+            number, shape = known.get("/".join(parts[start:]), (-1, None))
+            same_rank = shape is not None and len(shape) == len(leaf.shape)
+            if same_rank and all(own in (1, size) for own, size in zip(leaf.shape, shape, strict=True)):
+                return number
+        return -1
 
     return jax.tree_util.tree_map_with_path(find, state)

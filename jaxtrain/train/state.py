@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtrain.models import Model
 from jaxtrain.optim import state_axes
 from jaxtrain.sharding import ShardingRules, is_names, param_shardings
+from jaxtrain.train.offload import on_host
 from jaxtrain.types import Params, TrainState
 
 
@@ -32,11 +33,13 @@ def new_state(params: Params, tx: optax.GradientTransformation, seed: int) -> Tr
     )
 
 
-def state_shardings(model: Model, shapes: TrainState, mesh: Mesh, rules: ShardingRules | None = None) -> TrainState:
+def state_shardings(
+    model: Model, shapes: TrainState, mesh: Mesh, rules: ShardingRules | None = None, offload: bool = False
+) -> TrainState:
     """Where each array of a state lives: parameters by the model's rules, optimizer moments with their parameter.
 
     ``shapes``: the state's ShapeDtypeStructs.  rules: the model's, or others (``state_rules``).  What has no
-    parameter's shape (counters, factored moments) is replicated.
+    parameter's shape (counters, factored moments) is replicated.  offload: what has is in the host's memory.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
     rules = rules or model.rules
@@ -45,22 +48,27 @@ def state_shardings(model: Model, shapes: TrainState, mesh: Mesh, rules: Shardin
         return NamedSharding(mesh, rules.spec(names))
 
     moments = state_axes(shapes.opt_state, shapes.params, model.axes)
+    opt_state = jax.tree.map(place, moments, is_leaf=is_names)
     return TrainState(
         step=replicated,
         skipped=replicated,
         streak=replicated,
         params=param_shardings(model.axes, shapes.params, mesh, rules),
-        opt_state=jax.tree.map(place, moments, is_leaf=is_names),
+        opt_state=on_host(opt_state, shapes.opt_state, shapes.params) if offload else opt_state,
         rng=replicated,
     )
 
 
 def abstract_state(
-    model: Model, tx: optax.GradientTransformation, mesh: Mesh, rules: ShardingRules | None = None
+    model: Model,
+    tx: optax.GradientTransformation,
+    mesh: Mesh,
+    rules: ShardingRules | None = None,
+    offload: bool = False,
 ) -> TrainState:
     """The state as ShapeDtypeStructs with shardings: what a checkpoint is restored into."""
-    shapes = jax.eval_shape(lambda: new_state(model.init(jax.random.key(0)), tx, 0))
-    shardings = state_shardings(model, shapes, mesh, rules)
+    shapes = jax.eval_shape(lambda params: new_state(params, tx, 0), model.shapes())
+    shardings = state_shardings(model, shapes, mesh, rules, offload)
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), shapes, shardings)
 
 
@@ -85,9 +93,10 @@ def init_state(
     seed: int,
     params: Params | None = None,
     rules: ShardingRules | None = None,
+    offload: bool = False,
 ) -> TrainState:
     """A fresh state on the mesh, as ``abstract_state`` says; ``params`` (copied) instead of new ones when given."""
-    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, rules))
+    shardings = jax.tree.map(lambda x: x.sharding, abstract_state(model, tx, mesh, rules, offload))
     with jax.set_mesh(mesh):
         if params is None:
             params = init_params(model, mesh, seed)

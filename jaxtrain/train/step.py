@@ -12,6 +12,7 @@ import optax
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh
 
+from jaxtrain.train.offload import Offload, update_where
 from jaxtrain.train.zero import Gather
 from jaxtrain.types import Apply, Array, Auxiliary, Loss, Objective, Sum, TrainState
 
@@ -142,6 +143,7 @@ def make_train_step(
     mesh: Mesh | None = None,
     shardings: TrainState | None = None,
     gather: Gather | None = None,
+    offload: Offload | None = None,
 ) -> Step:
     """Builds ``step(state, batch) -> (state, metrics)``, jitted, with the old state donated.
 
@@ -154,6 +156,7 @@ def make_train_step(
         by a gradient.  A skipped step leaves them too.
     mesh, shardings: where the state lives; the result stays there.
     gather: what is made whole for the time of the step, see ``zero``.
+    offload: how a state is updated whose optimizer's part is on the host, see ``offload``.
     metrics: float32 scalars: every metric of the objective divided by its own weight, "loss" (what is minimised,
         where the objective has no metric of that name), "weight" (tokens, pairs or sequences behind it), "grad_norm"
         (before clipping), "skipped", "streak", "learning_rate", and the model's own ("moe/…", "mtp/…").
@@ -170,21 +173,20 @@ def make_train_step(
         per_weight = jnp.where(loss.weight != 0, 1 / jnp.where(loss.weight != 0, loss.weight, 1), 0.0)
         grad_norm = optax.tree.norm(grads) * per_weight
         clip = 1.0 if clip_norm is None else jnp.minimum(1.0, clip_norm / jnp.maximum(grad_norm, 1e-12))
-        grads = jax.tree.map(lambda g, p: (g * (per_weight * clip)).astype(p.dtype), grads, state.params)
+        grads = jax.tree.map(lambda g: g * (per_weight * clip), grads)
 
-        updates, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        good = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
+        update = update_where if offload is None else offload.update
+        params, opt_state = update(tx, good, grads, state.opt_state, state.params)
         if balance is not None:
             if loss.counts is None:
                 raise ValueError(
                     f"{type(objective).__name__} calls the model inside a transformation (jax.checkpoint, scan, "
                     "grad …), where the loads of its experts are lost: call it outside"
                 )
-            params = balance(state.params, params, loss.counts)
-        good = jnp.isfinite(loss.total) & jnp.isfinite(grad_norm)
-        params, opt_state = jax.tree.map(
-            lambda new, old: jnp.where(good, new, old), (params, opt_state), (state.params, state.opt_state)
-        )
+            # Without counts nothing moves.
+            counts = jax.tree.map(lambda x: jnp.where(good, x, 0), loss.counts)
+            params = balance(state.params, params, counts)
         bad = (~good).astype(jnp.int32)
         new_state = dataclasses.replace(
             state,

@@ -80,7 +80,10 @@ def random_params(model, seed: int = 0):
     return jax.tree.map(lambda x: (0.3 * rng.normal(size=x.shape)).astype(np.float32), model.shapes())
 
 
-def assert_trees_close(found, expected, tolerance=1e-5):
+TOLERANCE = 1e-5
+
+
+def assert_trees_close(found, expected, tolerance=TOLERANCE):
     """Each leaf to within ``tolerance`` of the largest entry of the tree."""
     assert jax.tree.structure(found) == jax.tree.structure(expected)
     scale = max(float(np.max(np.abs(x))) for x in jax.tree.leaves(expected))
@@ -88,17 +91,22 @@ def assert_trees_close(found, expected, tolerance=1e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * scale, err_msg=str(path))
 
 
-@pytest.fixture(scope="session")
-def tools():
-    """The functions above, for tests to call."""
+def make_tools():
+    """The functions above, for tests to call; other processes' too."""
 
     class Tools:
-        objectives, fast, V, T, lengths = OBJECTIVES, COMPILE_FAST, V, T, LENGTHS
+        objectives, fast, V, T, lengths, tolerance = OBJECTIVES, COMPILE_FAST, V, T, LENGTHS, TOLERANCE
         model, params = staticmethod(tiny_model), staticmethod(random_params)
         batch, tokens = staticmethod(make_batch), staticmethod(make_tokens)
         assert_close = staticmethod(assert_trees_close)
 
     return Tools
+
+
+@pytest.fixture(scope="session")
+def tools():
+    """``make_tools``."""
+    return make_tools()
 
 
 def pytest_generate_tests(metafunc):

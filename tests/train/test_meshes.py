@@ -27,6 +27,9 @@ MESHES = {
     "context4-fsdp2": MeshConfig(context=4, fsdp=2),
     "context2-tensor2-fsdp2": MeshConfig(context=2, tensor=2, fsdp=2),
     "expert2-tensor2-fsdp2": MeshConfig(expert=2, tensor=2, fsdp=2),
+    "stage2-data4": MeshConfig(stage=2, data=4),
+    "stage2-fsdp2-tensor2": MeshConfig(stage=2, fsdp=2, tensor=2),
+    "stage2-context2-fsdp2-zero1": MeshConfig(stage=2, context=2, fsdp=2, zero=1),
 }
 WARNING = "Involuntary full rematerialization"
 
@@ -34,39 +37,44 @@ WARNING = "Involuntary full rematerialization"
 NAMES = ("LM", "SFT", "RewardModel", "DPO", "PPOPolicy", "PPOCritic")
 
 
-@pytest.fixture(scope="module")
-def compute(tools):
-    """mesh config -> {objective: (Loss, gradients)} as NumPy, and what the compiler said.
+def all_objectives(tools, config):
+    """{objective: (Loss, gradients)} on the mesh of ``config``, over all processes; they all must call it.
 
     One program for all objectives of a mesh: most of the time goes into compiling.
     """
     model = tools.model()
-    params, done = tools.params(model), {}
+    params = tools.params(model)
     batches = {name: tools.batch(tools.objectives[name]) for name in NAMES}
+    mesh = make_mesh(config)
+    whole = gather(model, mesh, config)
+
+    def all_of_them(params, batches, rng):
+        return {
+            name: loss_and_grads(model.apply, tools.objectives[name], params, batch, rng, gather=whole)
+            for name, batch in batches.items()
+        }
+
+    shardings = param_shardings(model.axes, params, mesh, model.rules)
+    function = jax.jit(
+        all_of_them,
+        out_shardings=dict.fromkeys(NAMES, (None, shardings)),
+        compiler_options=tools.fast,
+    )
+    with jax.set_mesh(mesh):
+        placed = {name: put_batch(batch, mesh) for name, batch in batches.items()}
+        return function(jax.device_put(params, shardings), placed, jax.random.key(0))
+
+
+@pytest.fixture(scope="module")
+def compute(tools):
+    """mesh config -> ``all_objectives`` as NumPy, and what the compiler said."""
+    done = {}
 
     def run(config, capfd):
-        if config in done:
-            return done[config]
-        mesh = make_mesh(config)
-        whole = gather(model, mesh, config)
-
-        def all_of_them(params, batches, rng):
-            return {
-                name: loss_and_grads(model.apply, tools.objectives[name], params, batch, rng, gather=whole)
-                for name, batch in batches.items()
-            }
-
-        shardings = param_shardings(model.axes, params, mesh, model.rules)
-        function = jax.jit(
-            all_of_them,
-            out_shardings=dict.fromkeys(NAMES, (None, shardings)),
-            compiler_options=tools.fast,
-        )
-        capfd.readouterr()
-        with jax.set_mesh(mesh):
-            placed = {name: put_batch(batch, mesh) for name, batch in batches.items()}
-            found = function(jax.device_put(params, shardings), placed, jax.random.key(0))
-        done[config] = jax.device_get(found), capfd.readouterr().err
+        if config not in done:
+            capfd.readouterr()
+            found = jax.device_get(all_objectives(tools, config))
+            done[config] = found, capfd.readouterr().err
         return done[config]
 
     return run

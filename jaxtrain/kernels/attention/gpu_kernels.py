@@ -55,7 +55,8 @@ def zeros(rows: int, size: int, dtype) -> tuple[jax.Array, ...]:
 
 def dot(a, b, *, over: tuple[int, int] = (1, 0)) -> jax.Array:
     """float32 product, summed over axis ``over[0]`` of a and ``over[1]`` of b.  float32 is not rounded to TF32."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    # Never the process's own default: of bfloat16 the compiler of kernels takes no other.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     return lax.dot_general(
         a, b, (((over[0],), (over[1],)), ((), ())), precision=precision, preferred_element_type=jnp.float32
     )

@@ -15,13 +15,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.attention.flash import flash
 from jaxtrain.kernels.attention.masks import Marks, Spec
 from jaxtrain.kernels.attention.ring import Gather, Ring
-from jaxtrain.sharding import ShardingRules, vary_like
+from jaxtrain.sharding import ShardingRules, free_axes, vary_like
 
 ACROSS = ("auto", "ring", "gather")
 
@@ -97,8 +96,7 @@ class Layout:
     def of(cls, rules: ShardingRules) -> Layout | None:
         """None without a mesh, and where the mesh has nothing left to split over."""
         mesh = jax.sharding.get_abstract_mesh()
-        types = {} if mesh.empty else dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
-        free = frozenset(axis for axis, kind in types.items() if kind != AxisType.Manual)
+        free = free_axes(mesh)
         if math.prod(mesh.shape[axis] for axis in free) == 1:
             return None
         # All at once, so that rules which collide are refused.

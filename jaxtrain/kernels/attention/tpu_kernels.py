@@ -40,7 +40,8 @@ class Shape:
 
 def dot(a, b, contract: tuple[int, int]):
     """``a`` times ``b`` over one dimension of each, added up in float32; float32 factors are not rounded."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
+    # Never the process's own default: of bfloat16 the compiler of kernels takes no other.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
     dims = (((contract[0],), (contract[1],)), ((), ()))
     return lax.dot_general(a, b, dims, precision=precision, preferred_element_type=jnp.float32)
 
