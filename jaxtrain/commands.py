@@ -32,6 +32,7 @@ def train(args: argparse.Namespace) -> int:
     """Runs what gin files describe, or only describes it."""
     if args.dry_run:
         loaded = gin_edge.load(Recipe, CONFIGURABLES, args.gin_file, args.gin)
+        loaded.config.check_folders()
         print(loaded.text)
         for line in describe(loaded.config):
             print(line)
@@ -236,6 +237,22 @@ def plan(args: argparse.Namespace) -> int:
         compiler=not args.no_compile,
         price=args.price,
         as_json=args.json,
+        show=print,
+        say=lambda line: print(line, file=sys.stderr),
+        load=lambda more: gin_edge.load(Recipe, CONFIGURABLES, [args.recipe], [*args.gin, *more]).config,
+        candidates=args.candidates if args.search else 0,
+    )
+
+
+def rehearse(args: argparse.Namespace) -> int:
+    """Runs a recipe in miniature."""
+    from jaxtrain.rehearse import command
+
+    return command.run(
+        args.recipe,
+        args.gin,
+        devices=args.devices,
+        out=args.out,
         show=print,
         say=lambda line: print(line, file=sys.stderr),
     )

@@ -38,6 +38,13 @@ def _check_reward_parent(stage: Any, earlier: dict[str, Any]) -> None:
         )
 
 
+def _no_parent(stage: Any, name: str, earlier: dict[str, Any]) -> str:
+    return (
+        f"stage {stage.name} starts from {name!r}, which is neither an earlier stage "
+        f"({', '.join(earlier) or 'there is none'}) nor a folder"
+    )
+
+
 def _check_name(name: str) -> None:
     if not name or any(not (c.isalnum() or c in "-_") for c in name) or name in ("untrained", "superseded"):
         raise ValueError(
@@ -236,24 +243,33 @@ class Recipe:
                 raise ValueError(f"Recipe.stages holds a {type(stage).__name__}; only Stage and PPOStage are stages")
             if stage.name in earlier:
                 raise ValueError(f"two stages are called {stage.name!r}; give every stage a name of its own")
-            models = {"model": stage.model, "critic": getattr(stage, "critic", None)}
-            for what, model in models.items():
-                # More rows than ids are fine: released models pad their vocabulary to a round number.
-                if model is not None and model.vocab_size < self.tokenizer.vocab_size:
-                    raise ValueError(
-                        f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} is smaller than the "
-                        f"tokenizer's {self.tokenizer.vocab_size}: it would have no row for some ids"
-                    )
+            if not isinstance(self.tokenizer, SavedTokenizer):
+                self._check_vocabulary(stage)
             for name in stage.parents():
-                if name in earlier or Path(name).is_dir():
-                    continue
-                later = " (it comes later in the chain)" if any(s.name == name for s in self.stages) else ""
-                raise ValueError(
-                    f"stage {stage.name} starts from {name!r}, which is neither an earlier stage "
-                    f"({', '.join(earlier) or 'there is none'}) nor a folder{later}"
-                )
+                if name not in earlier and any(s.name == name for s in self.stages) and not Path(name).is_dir():
+                    raise ValueError(_no_parent(stage, name, earlier) + " (it comes later in the chain)")
             _check_reward_parent(stage, earlier)
             earlier[stage.name] = stage
+
+    def check_folders(self) -> None:
+        """Raises ValueError where a tokenizer's or a model's folder is missing or does not fit: what running needs and
+        planning does not."""
+        earlier: dict[str, Any] = {}
+        for stage in self.stages:
+            self._check_vocabulary(stage)
+            for name in stage.parents():
+                if name not in earlier and not Path(name).is_dir():
+                    raise ValueError(_no_parent(stage, name, earlier))
+            earlier[stage.name] = stage
+
+    def _check_vocabulary(self, stage: Any) -> None:
+        for what, model in {"model": stage.model, "critic": getattr(stage, "critic", None)}.items():
+            # More rows than ids are fine: released models pad their vocabulary to a round number.
+            if model is not None and model.vocab_size < self.tokenizer.vocab_size:
+                raise ValueError(
+                    f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} is smaller than the "
+                    f"tokenizer's {self.tokenizer.vocab_size}: it would have no row for some ids"
+                )
 
 
 # Everything a gin file may name.

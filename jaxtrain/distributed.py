@@ -51,7 +51,8 @@ class Preempted(BaseException):
 class _Job:
     """What one ``job`` knows; there is at most one in a process."""
 
-    def __init__(self, several: bool) -> None:
+    def __init__(self, several: bool, stop_after: int) -> None:
+        self.stop_after = stop_after
         self.heartbeat = os.environ.get("JAXTRAIN_HEARTBEAT")
         self.values, self.steps = itertools.count(), itertools.count(1)
         self.in_loop = self.terminated = False
@@ -64,17 +65,18 @@ _job: _Job | None = None
 
 
 @contextlib.contextmanager
-def job() -> Iterator[None]:
+def job(stop_after: int = 0) -> Iterator[None]:
     """A run, from its first look at a device to its end.
 
     With several processes: joins the others.  An exception in one of them ends all, with its message and its exit code,
     and does not come out of this block.  SIGTERM: see ``preempted``.
+    stop_after: steps after which a single process counts as preempted, as if it were sent SIGTERM; 0: never.
     Raises ValueError for a contradictory environment.
     """
     global _job
     assert _job is None, "one job at a time"
     several = _join()
-    current = _Job(several)
+    current = _Job(several, stop_after)
     try:
         _job = current
         if several:
@@ -227,7 +229,7 @@ def preempted() -> bool:
     if _job is None:
         return False
     if process()[1] == 1:
-        return _job.terminated
+        return next(_job.steps) == _job.stop_after or _job.terminated
     from jax.experimental import multihost_utils
 
     return multihost_utils.reached_preemption_sync_point(next(_job.steps))

@@ -175,7 +175,22 @@ def _parser() -> argparse.ArgumentParser:
     add("--stage", metavar="NAME", help="one stage alone")
     add("--price", type=_SIZE, metavar="DOLLARS", help="of a chip for an hour: what the whole run costs")
     add("--no_compile", action="store_true", help="count by hand alone: seconds, where the compiler takes minutes")
+    add("--search", action="store_true", help="rank meshes, remat and microbatches, and print the best one's bindings")
+    add(
+        "--candidates",
+        type=_POSITIVE,
+        default=3,
+        metavar="N",
+        help="of a search's best, how many that fit the compiler sees (default: 3)",
+    )
     add("--json", action="store_true", help="print one JSON object")
+
+    rehearse = command("rehearse", "run a recipe in miniature on virtual CPU devices: whether every stage of it works")
+    rehearse.add_argument("recipe", metavar="RECIPE.gin", help="gin file that binds Recipe.stages")
+    _add_gin(rehearse)
+    add = rehearse.add_argument
+    add("--devices", type=_POSITIVE, default=8, metavar="N", help="virtual CPU devices (default: 8)")
+    add("--out", type=Path, metavar="DIR", help="new folder to keep the miniature's run in; default: a temporary one")
     return parser
 
 

@@ -145,7 +145,8 @@ def test_recipes_that_contradict_themselves(tmp_path):
         ((stage(),), {"seed": -1}, "Recipe.seed is -1"),
     ]:
         with pytest.raises(ValueError, match=message):
-            recipe(*stages, **settings)
-    recipe(stage(init=str(tmp_path)))  # the folder of another run's stage
+            recipe(*stages, **settings).check_folders()
+    recipe(stage(init=str(tmp_path))).check_folders()  # the folder of another run's stage
+    recipe(stage(init="not/yet/there"))  # which a plan does not need
     with pytest.raises(ValueError, match=r"Samples\.top is 0"):
         Samples(top=0)

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "jaxtrain"
 
 CHAIN = [
     "sharding", "kernels", "models", "objectives", "train", "generate", "rl",
-    "config", "gin_edge", "recipe", "plan", "commands", "main",
+    "config", "gin_edge", "recipe", "plan", "rehearse", "commands", "main",
 ]  # fmt: skip
 BASE = {"types", "config_json", "distributed"}  # standard library and JAX only; every part may use them
 BESIDE_TRAIN = {"optim", "data", "checkpoint", "evaluate", "report"}
@@ -40,6 +40,7 @@ for _part in CHAIN[CHAIN.index("train") :]:
 for _part in CHAIN[CHAIN.index("config") :]:
     ALLOWED[_part] = ALLOWED[_part] | {"config_model"}
 ALLOWED["commands"] = ALLOWED["commands"] | {"interop"}
+ALLOWED["rehearse"] = ALLOWED["rehearse"] | {"config_text"}
 ALLOWED["gin_edge"] = {"config_build", "config_text"}
 ALLOWED["main"] = {"commands", "distributed"}
 

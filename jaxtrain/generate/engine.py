@@ -28,6 +28,15 @@ STREAM_CHUNK = 4  # steps between two looks where somebody reads along
 PREFILL_TOKENS = 8192  # prompts are read in groups of at most this many positions: a bound on activations
 
 
+def prefill_rows(width: int, unit: int, slots: int) -> int:
+    """How many prompts of ``width`` positions are read together where enough wait: the most that ``batch_bucket``
+    allows within PREFILL_TOKENS, and at least ``unit``."""
+    size = batch_bucket(1, unit, slots)
+    while size < slots and (larger := batch_bucket(size + 1, unit, slots)) * width <= PREFILL_TOKENS:
+        size = larger
+    return size
+
+
 class Engine:
     """Writes after prompts with one model and one way of sampling.
 

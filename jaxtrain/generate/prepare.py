@@ -28,10 +28,8 @@ def prepare(model: Any, params: Params, *, int8: bool = False) -> Params:
     What needs no change is shared with ``params``: donate those only when generation is over.
     """
     config = model.config
-    stacks = config.spec().stacks
     params = unstack(config, params)
-    one = partial(jax.tree.map, lambda names: names[1:], is_leaf=is_names)
-    axes = model.axes | {name: (one(model.axes[name]),) * len(layers) for name, layers in stacks.items()}
+    axes = prepared_axes(model)
 
     def pin(names: tuple[str, ...], leaf: Array) -> Array:
         return constrain(leaf, names, model.rules)
@@ -51,3 +49,21 @@ def prepare(model: Any, params: Params, *, int8: bool = False) -> Params:
         head = quantize(params["embed"]["embedding"].T, 1)
         prepared |= {"lm_head": {"kernel": head}}
     return prepared
+
+
+def prepared_axes(model: Any) -> Any:
+    """Logical names of the dimensions of prepared parameters, without int8."""
+    stacks = model.config.spec().stacks
+    one = partial(jax.tree.map, lambda names: names[1:], is_leaf=is_names)
+    return model.axes | {name: (one(model.axes[name]),) * len(layers) for name, layers in stacks.items()}
+
+
+def abstract_prepared(model: Any, mesh: Any) -> Params:
+    """What ``prepare`` returns, without int8, as ShapeDtypeStructs with shardings."""
+    shapes = jax.eval_shape(partial(prepare, model), model.shapes())
+
+    def one(names: tuple[str, ...], leaf: Any) -> jax.ShapeDtypeStruct:
+        sharding = jax.sharding.NamedSharding(mesh, model.rules.spec(names))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+    return jax.tree.map(one, prepared_axes(model), shapes, is_leaf=is_names)

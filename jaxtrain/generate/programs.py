@@ -11,11 +11,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from jaxtrain.generate.prepare import prepare
 from jaxtrain.generate.sampling import Sampling, likeliest, sample
 from jaxtrain.models.cache import Cache, init_cache, insert
-from jaxtrain.sharding import ways
+from jaxtrain.sharding import ShardingRules, ways
 from jaxtrain.types import Array, Params, Tokens, record
 
 CHUNK = 64  # the most steps between two looks at what has finished
@@ -50,6 +51,32 @@ class Sampled:
     top_probs: Array | None = None
 
 
+def slot_names(ndim: int) -> tuple[str | None, ...]:
+    """Of an array of ``Slots``: those of four dimensions are a cache's."""
+    return ("batch", "kv_heads", None, None) if ndim == 4 else ("batch", *(None,) * (ndim - 1))
+
+
+def fitting_spec(
+    rules: ShardingRules, mesh: Any, shape: tuple[int, ...], names: tuple[str | None, ...]
+) -> PartitionSpec:
+    """Of the table's, what divides: other dimensions are not split."""
+    spec = rules.spec(names)
+    return PartitionSpec(
+        *(None if size % ways(mesh, entry) else entry for size, entry in zip(shape, spec, strict=True))
+    )
+
+
+def abstract_slots(model: Any, sampling: Sampling, mesh: Any, B: int, length: int) -> Slots:
+    """What ``new`` returns, as ShapeDtypeStructs with shardings."""
+    shapes = jax.eval_shape(lambda: programs(model, sampling, 0)["new"](B, length))
+
+    def one(x: Any) -> jax.ShapeDtypeStruct:
+        spec = fitting_spec(model.rules, mesh, x.shape, slot_names(x.ndim))
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=jax.sharding.NamedSharding(mesh, spec))
+
+    return jax.tree.map(one, shapes)
+
+
 @functools.cache  # as many as there are ways to sample, like build_model's
 def programs(model: Any, sampling: Sampling, top: int) -> dict[str, Any]:
     """The jitted functions, shared by all engines of a model and a way of sampling."""
@@ -61,20 +88,10 @@ def programs(model: Any, sampling: Sampling, top: int) -> dict[str, Any]:
     def pin(x: Array, *names: str | None) -> Array:
         """Constrains ``x`` as far as its dimensions divide."""
         mesh = jax.sharding.get_abstract_mesh()
-        if mesh.empty:
-            return x
-        spec = model.rules.spec(names)
-        whole = [None if size % ways(mesh, entry) else entry for size, entry in zip(x.shape, spec, strict=True)]
-        return jax.lax.with_sharding_constraint(x, jax.sharding.PartitionSpec(*whole))
+        return x if mesh.empty else jax.lax.with_sharding_constraint(x, fitting_spec(model.rules, mesh, x.shape, names))
 
     def pin_slots(slots: Slots) -> Slots:
-        cache = jax.tree.map(lambda x: pin(x, "batch", *("kv_heads", None, None)[: x.ndim - 1]), slots.cache)
-        rest = {
-            field.name: pin(getattr(slots, field.name), "batch", *(None,) * (getattr(slots, field.name).ndim - 1))
-            for field in dataclasses.fields(Slots)
-            if field.name != "cache"
-        }
-        return Slots(cache=cache, **rest)
+        return jax.tree.map(lambda x: pin(x, *slot_names(x.ndim)), slots)
 
     def everywhere(tree: Any) -> Any:
         """On every device, so that every host can read it."""

@@ -12,13 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxtrain.kernels.cross_entropy.api import KEPT_BYTES
 from jaxtrain.models.attention import AttentionSpec
 from jaxtrain.models.flops import forward_flops_per_token, part_flops_per_token, seen_keys
 from jaxtrain.models.layers import MLPSpec
+from jaxtrain.models.pipeline import Pipeline
 from jaxtrain.plan.hlo import Collective, Done, Item, Loop, Start, Work
 from jaxtrain.plan.memory import decode_memory, placed_bytes
+from jaxtrain.plan.moments import in_parts
 from jaxtrain.plan.programs import Program
+from jaxtrain.sharding import Constrain
 from jaxtrain.types import path_name
 
 # Times that what a layer hands on, ``[tokens, d_model]``, goes to or from HBM outside of products and kernels: read off
@@ -39,6 +41,7 @@ def items_of(program: Program, mesh: Any) -> tuple[Item, ...]:
     once = [*layers.forward()]
     if program.kind == "train":
         once += layers.backward()
+        once += layers.added() if program.accumulate > 1 else []
     items: list[Item] = [Loop(program.accumulate, tuple(once))] if program.accumulate > 1 else once
     if program.kind == "train":
         if program.zero_data:
@@ -54,15 +57,18 @@ def items_of(program: Program, mesh: Any) -> tuple[Item, ...]:
 def executed_flops(program: Program, mesh: Any) -> tuple[float, float]:
     """(of matrix products, of attention kernels) on one device in one call, with what remat computes again."""
     layers = _Layers(program, mesh)
-    times = program.accumulate
+    times, idle = program.accumulate, layers.turns / layers.busy
     if program.kind != "train":
-        return times * (layers.products + layers.head), times * layers.kernels
-    products = layers.products * 3 + layers.again + layers.head * layers.head_times
-    return times * products, times * layers.kernels * (1 + layers.kernels_again + ATTENTION_BACKWARD)
+        return times * (idle * layers.products + layers.head), times * idle * layers.kernels
+    products = idle * (layers.products * 3 + layers.again) + layers.head * layers.head_times
+    return times * products, times * idle * layers.kernels * (1 + layers.kernels_again + ATTENTION_BACKWARD)
 
 
 class _Layers:
-    """Figures of one microbatch on one device."""
+    """Figures of one microbatch on one device.
+
+    turns: of the loop over layers, of which ``busy`` do what the others, in a pipeline's bubble, do for nothing.
+    """
 
     def __init__(self, program: Program, mesh: Any):
         self.program, self.mesh = program, mesh
@@ -92,11 +98,7 @@ class _Layers:
         named = sum(_named_products(layer, config.d_model, kept) for layer in spec.layers())
         self.again = {"none": 0.0, "dots": 0.0}.get(config.remat, self.products - (down + named) * share)
         self.kernels_again = 0 if config.remat == "none" or "attention" in kept else 1
-        columns = config.vocab_size / split("act_vocab")
-        chunked = config.cross_entropy == "chunked" or (
-            config.cross_entropy == "auto" and self.tokens * columns * 4 > KEPT_BYTES
-        )
-        self.head_times = 4 if chunked and "lm" in config.heads else 3
+        self.head_times = 4 if in_parts(program, mesh) else 3
         self.params = params = program.params
         stacked = [
             leaf
@@ -105,7 +107,38 @@ class _Layers:
         ]
         self.layer_params = sum(math.prod(leaf.shape) for leaf in stacked) / self.count / self.tensor
         self.experts = split("experts")
-        self.stream = self.tokens * config.d_model * self.itemsize
+        self.turns, self.busy, self.pipe = self.count, self.count, self._pipeline(spec)
+        if self.pipe is not None:
+            # Stages have a part of the layers, and of each other's rows as many more.
+            each = self.count / (self.pipe.stages * self.pipe.rounds)
+            self.turns, self.busy = (
+                round(each * self.pipe.ticks),
+                round(each * self.pipe.rounds * self.pipe.microbatches),
+            )
+        self.stream = self.tokens * config.d_model * self.itemsize * self.count / self.busy
+
+    def _pipeline(self, spec: Any) -> Pipeline | None:
+        if self.mesh.shape["stage"] == 1 or self.program.kind == "decode":
+            return None
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            rows = self.program.rows // self.program.accumulate
+            return Pipeline.of(self.config, spec.stacks[spec.pipelined], rows, Constrain(self.program.model.rules))
+
+    def passed(self) -> list[Item]:
+        """Through a pipeline, in one direction: a microbatch on to the next stage at every tick; before and after it
+        all of them to and from the first, and with several rounds every stage's weights to where they are used."""
+        if self.pipe is None:
+            return []
+        S, R = self.pipe.stages, self.pipe.rounds
+        found = [Collective("collective-permute", self.stream, ("stage",), S)] * self.pipe.ticks
+        found += [Collective("all-to-all", self.stream * self.pipe.microbatches, ("stage",), S)] * 2
+        if R > 1:
+            own = sum(
+                math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+                for leaf in jax.tree.leaves(self.params[self.config.spec().pipelined])
+            )
+            found.append(Collective("all-to-all", own * S * -(-R // S) / R, ("stage",), S))
+        return [Start(one.kind, one, False) for one in found]
 
     def gathers(self, key: str) -> tuple[list[Item], list[Item]]:
         """Starts and ends of what a layer's weights need, by the level of ZeRO."""
@@ -153,7 +186,7 @@ class _Layers:
     def forward(self) -> list[Item]:
         starts, ends = self.gathers("forward")
         ring, rung = self.ring("forward ring", 2)
-        L = self.count
+        L = self.busy
         turn = (
             *starts,
             Work("products", self.products / L),
@@ -165,12 +198,13 @@ class _Layers:
             *ends,
         )
         train = self.program.kind == "train"
-        return [Loop(L, turn), Work("head", self.head * (self.head_times if train else 1))]
+        head = Work("head", self.head * (self.head_times if train else 1))
+        return [Loop(self.turns, turn), *self.passed(), head]
 
     def backward(self) -> list[Item]:
         starts, ends = self.gathers("backward")
         ring, rung = self.ring("backward ring", 6)
-        L = self.count
+        L = self.busy
         again = self.kernels_again
         turn = (
             *starts,
@@ -182,7 +216,12 @@ class _Layers:
             *self.sums(2 + (2 if self.again else 0)),
             *ends,
         )
-        return [Loop(L, turn)]
+        return [Loop(self.turns, turn), *self.passed()]
+
+    def added(self) -> list[Item]:
+        """A microbatch's gradients onto the sums: both are read, and the sums, in float32, written."""
+        own = sum(4 * math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(self.params))
+        return [Work("sums", bytes=3 * own * (self.mesh.shape["fsdp"] if self.program.zero == 1 else 1))]
 
     def update(self) -> list[Item]:
         shape = self.mesh.shape
@@ -228,8 +267,8 @@ def _decode_step(program: Program, mesh: Any) -> Item:
     """One token of every row: the weights and the cache so far, on average half full beyond the prompt, are read."""
     config = program.model.config
     parts = decode_memory(program, mesh)
-    params = placed_bytes(program.args[0])
-    itemsize = jnp.dtype(config.compute_dtype).itemsize / jax.tree.leaves(program.args[0])[0].dtype.itemsize
+    params = placed_bytes(program.params)
+    itemsize = jnp.dtype(config.compute_dtype).itemsize / jax.tree.leaves(program.params)[0].dtype.itemsize
     fsdp = mesh.shape["fsdp"]
     prompt = program.length - program.new_tokens
     filled = (prompt + program.new_tokens / 2) / program.length

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterator
 from typing import Any
 
-from jaxtrain.config import PPOStage, Recipe
+from jaxtrain.config import Recipe
 from jaxtrain.plan.analytic import executed_flops, items_of
 from jaxtrain.plan.chips import Slice
 from jaxtrain.plan.compile import Compiled, compile_program, topology_mesh
-from jaxtrain.plan.memory import Peak, resident, stage_memory
+from jaxtrain.plan.hlo import Item
+from jaxtrain.plan.memory import Peak, placed_bytes, stage_memory
+from jaxtrain.plan.moments import Traces
 from jaxtrain.plan.programs import Program, abstract_mesh, programs
 from jaxtrain.plan.roofline import Network, Times, table_of_collectives, walk_times
-
-REMATS = ("none", "dots", "full")  # from the most memory to the least
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,7 +22,7 @@ class Part:
 
     memory: by hand.  compiled: the compiler's answer, None where it was not asked.  beside: bytes of arrays that lie on
         the device and are no argument of the program.
-    flops: of matrix products and kernels, as they run.
+    flops: of matrix products and kernels, as they run.  items: what it does, in order, and network: over what.
     """
 
     program: Program
@@ -33,7 +31,13 @@ class Part:
     beside: int
     flops: float
     times: Times
-    collectives: list[dict]
+    items: tuple[Item, ...]
+    network: Network
+
+    @property
+    def collectives(self) -> list[dict]:
+        """What is sent, see ``table_of_collectives``."""
+        return table_of_collectives(self.items, self.network)
 
     @property
     def bytes_by_compiler(self) -> int | None:
@@ -108,88 +112,56 @@ class StagePlan:
         return self.days * 24 * self.where.chips * per_chip_hour
 
 
-def plan_stage(stage: Any, recipe: Recipe, where: Slice, *, compiler: bool) -> StagePlan:
-    """Plans one stage.  Raises ValueError where mesh, batch or parameters do not fit the slice's shape."""
-    abstract = abstract_mesh(stage.mesh, where)
-    by_hand = programs(stage, recipe, abstract)
-    peaks = stage_memory(by_hand, abstract)
-    network = Network(where, dict(abstract.shape))
-    answers: list[Compiled | None] = [None] * len(by_hand)
-    if compiler:
-        mesh = topology_mesh(stage.mesh, where)
-        answers = [
-            None if program.jitted is None else compile_program(program, mesh)
-            for program in programs(stage, recipe, mesh)
-        ]
-    kept = resident(by_hand)
+def plan_stage(
+    stage: Any, recipe: Recipe, where: Slice, *, compiler: bool, by_hand: StagePlan | None = None
+) -> StagePlan:
+    """Plans one stage.  Raises ValueError where mesh, batch or parameters do not fit the slice's shape.
+
+    by_hand: the stage's plan without the compiler, where there is one.
+    """
+    if by_hand is None:
+        abstract = abstract_mesh(stage.mesh, where)
+        by_hand = plan_by_hand(stage, programs(stage, recipe, abstract), where, abstract)
+    if not compiler:
+        return by_hand
+    mesh = topology_mesh(stage.mesh, where)
+    parts = [
+        _compiled(part, compile_program(program, mesh))
+        for part, program in zip(by_hand.parts, programs(stage, recipe, mesh), strict=True)
+    ]
+    return dataclasses.replace(by_hand, parts=tuple(parts))
+
+
+def plan_by_hand(stage: Any, found: list[Program], where: Slice, mesh: Any, traces: Traces | None = None) -> StagePlan:
+    """Without the compiler.  found: the stage's programs on ``mesh``, the abstract one.  traces: of other plans."""
+    network = Network(where, dict(mesh.shape))
     parts = []
-    for program, peak, answer in zip(by_hand, peaks, answers, strict=True):
-        walked = answer.program if answer is not None else None
-        items = walked.items if walked is not None else items_of(program, abstract)
-        totals = walked.totals() if walked is not None else None
-        flops = sum(executed_flops(program, abstract)) if totals is None else totals.flops + totals.kernel_flops
+    for program, peak in zip(found, stage_memory(found, mesh, traces), strict=True):
+        items = items_of(program, mesh)
         parts.append(
             Part(
                 program=program,
                 memory=peak,
-                compiled=answer,
-                beside=peak.parts.get("reference and critic", 0) if kept else 0,
-                flops=flops,
+                compiled=None,
+                beside=peak.parts.get("reference and critic", 0) + placed_bytes((program.held, program.slots)),
+                flops=sum(executed_flops(program, mesh)),
                 times=walk_times(items, network),
-                collectives=table_of_collectives(items, network),
+                items=items,
+                network=network,
             )
         )
     return StagePlan(name=stage.name, steps=stage.steps, where=where, parts=tuple(parts))
 
 
-def remedies(stage: Any, recipe: Recipe, found: StagePlan) -> Iterator[str]:
-    """Changes of the stage that would make it fit, each alone, as far as counting by hand tells: the estimate is scaled
-    by what the compiler said of the stage as it is."""
-    where = found.where
-    scale = (found.compiler_bytes_per_chip or found.hbm_bytes_per_chip) / found.hbm_bytes_per_chip
-
-    def needs(changed: Any, slice_: Slice = where) -> float:
-        try:
-            mesh = abstract_mesh(changed.mesh, slice_)
-            own = programs(changed, recipe, mesh)
-        except ValueError:
-            return math.inf
-        return scale * max(peak.total for peak in stage_memory(own, mesh)) * slice_.chip.devices
-
-    usable = where.chip.usable_bytes
-    changes: list[tuple[str, Any]] = []
-    name = type(stage.model).__name__
-    if stage.model.remat in REMATS:
-        for remat in REMATS[REMATS.index(stage.model.remat) + 1 :]:
-            changes.append((f"{name}.remat = {remat!r}", _with_model(stage, remat=remat)))
-    least = _with_model(stage, remat="full") if stage.model.remat in REMATS else stage
-    rows = stage.ppo.minibatch_size if isinstance(stage, PPOStage) else stage.batch_size
-    devices = found.parts[0].program.split(abstract_mesh(stage.mesh, where), "batch")
-    for times in (2, 4, 8, 16):
-        if rows % (stage.accumulate * times * devices) == 0:  # a row for every device in each microbatch
-            text = f"{type(stage).__name__}.accumulate = {stage.accumulate * times}"
-            changes.append((text, dataclasses.replace(stage, accumulate=stage.accumulate * times)))
-            if least is not stage:
-                both = dataclasses.replace(least, accumulate=stage.accumulate * times)
-                changes.append((f"{text} and {name}.remat = 'full'", both))
-    if stage.mesh.data > 1 or stage.mesh.data == -1:
-        sizes = stage.mesh.sizes(where.devices)
-        mesh = dataclasses.replace(stage.mesh, data=1, fsdp=sizes["data"] * sizes["fsdp"])
-        changes.append(
-            (f"MeshConfig.fsdp = {mesh.fsdp} and MeshConfig.data = 1", dataclasses.replace(stage, mesh=mesh))
-        )
-    for text, changed in changes:
-        if (size := needs(changed)) <= usable:
-            yield f"{text} ({size / 2**30:.1f} GiB a chip)"
-    for times in (2, 4, 8):
-        larger = dataclasses.replace(where, shape=(*where.shape[:-1], where.shape[-1] * times))
-        if (size := needs(stage, larger)) <= usable:
-            yield f"--topology {larger.name} ({size / 2**30:.1f} GiB a chip)"
-            break
-
-
-def _with_model(stage: Any, **changes: Any) -> Any:
-    changed = {"model": dataclasses.replace(stage.model, **changes)}
-    if getattr(stage, "critic", None) is not None:
-        changed["critic"] = dataclasses.replace(stage.critic, **changes)
-    return dataclasses.replace(stage, **changed)
+def _compiled(part: Part, answer: Compiled) -> Part:
+    """With the compiler's answer; what it refused has none but for its size."""
+    if answer.program is None:
+        return dataclasses.replace(part, compiled=answer)
+    totals = answer.program.totals()
+    return dataclasses.replace(
+        part,
+        compiled=answer,
+        flops=totals.flops + totals.kernel_flops,
+        times=walk_times(answer.program.items, part.network),
+        items=answer.program.items,
+    )

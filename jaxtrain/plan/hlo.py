@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from jaxtrain.plan.hlo_bytes import COLLECTIVES, Traffic
 from jaxtrain.plan.hlo_convolution import convolution_flops
+from jaxtrain.plan.hlo_gathers import among_zeros
 from jaxtrain.plan.hlo_loops import turns_of
 from jaxtrain.plan.hlo_text import (
     HBM,
@@ -32,6 +33,7 @@ from jaxtrain.plan.hlo_text import (
     pairs_of,
     parse,
 )
+from jaxtrain.sharding import slice_axes
 
 # Names for values that exist already.
 FREE = {
@@ -61,6 +63,9 @@ MARKERS = (
 )
 
 
+MEGASCALE = "xla_megascale_runtime"
+
+
 @dataclasses.dataclass(frozen=True)
 class Work:
     """One instruction's share.  bytes: of HBM.  kernel: a Pallas call, whose figures are those that it declares."""
@@ -78,6 +83,7 @@ class Collective:
 
     axes: of the mesh, along which the members of a group differ.  members: of a group.
     source: the operation of the program that it came from, as JAX names it.
+    emulated: an all-reduce of parts that lie among zeros: what an all-gather would do with half the traffic.
     """
 
     kind: str
@@ -85,6 +91,7 @@ class Collective:
     axes: tuple[str, ...]
     members: int
     source: str = ""
+    emulated: bool = False
 
     @property
     def wire_bytes(self) -> float:
@@ -169,19 +176,21 @@ def flat(items: tuple[Item, ...], times: int = 1) -> Iterator[tuple[Work | Start
             yield item, times
 
 
-def walk(text: str, mesh: dict[str, int] | None = None) -> Program:
+def walk(text: str, mesh: dict[str, int] | None = None, turns: int | None = None, slices: int = 1) -> Program:
     """Reads ``compiled.as_text()``.
 
     mesh: sizes by axis, in the order of the mesh that the program was compiled for; without it collectives name none.
+    turns: of loops that end by what they compute, as sampling does.  slices: whose networks the mesh joins.
     """
-    reader = _Reader(parse(text), mesh)
+    reader = _Reader(parse(text), mesh, turns, slices)
     items = tuple(reader.schedule(reader.module.entry))
     return Program(items, tuple(reader.unknown), tuple(reader.unpriced))
 
 
 class _Reader:
-    def __init__(self, module: Module, mesh: dict[str, int] | None):
-        self.module, self.mesh = module, mesh or {}
+    def __init__(self, module: Module, mesh: dict[str, int] | None, turns: int | None, slices: int):
+        self.module, self.mesh, self.turns = module, mesh or {}, turns
+        self.slices, self.between = slices, tuple(slice_axes(self.mesh, slices)) if slices > 1 else ()
         self.traffic = Traffic(module)
         self.unknown: list[str] = []
         self.unpriced: list[str] = []
@@ -201,6 +210,7 @@ class _Reader:
             return
         if op == "while":
             turns = turns_of(self.module, body, one)
+            turns = self.turns if turns is None else turns
             if turns is None:
                 self.unknown.append(one.name)
             yield Loop(turns or 1, tuple(self.schedule(one.called("body"))))
@@ -208,6 +218,8 @@ class _Reader:
             yield from self.schedule(one.called("to_apply"))
         elif op == "conditional":
             yield from max((tuple(self.schedule(name)) for name in _branches(one)), key=_weight)
+        elif MEGASCALE in one.attributes:
+            yield from self.between_slices(body, one)
         elif op.endswith(("-done", "-update")):
             yield from () if op.endswith("-update") else (Done(self.started(body, one)),)
         elif op == "async-start":
@@ -246,7 +258,18 @@ class _Reader:
             if kind == "all-gather":
                 size *= members
         names = axes_of(axes, self.mesh) if self.mesh else ()
-        return Collective(kind, size, names, members, _source(one))
+        emulated = kind == "all-reduce" and any(among_zeros(self.module, body, name) for name in one.operands)
+        return Collective(kind, size, names, members, _source(one), emulated)
+
+    def between_slices(self, body: Computation, one: Instruction) -> Iterator[Item]:
+        """A collective over the network between slices: a ``send`` through the host, and a ``recv`` of its result."""
+        if one.op == "recv-done":
+            yield Done(_megascale(body.by_name[one.operands[0]], "host_transfer_rendezvous"))
+        elif one.op == "send":
+            kind = _megascale(one, "megascale_transfer_type").lower().replace("_", "-")
+            kind = kind if kind in COLLECTIVES else "collective-permute"
+            found = Collective(kind, one.shapes[0].bytes, self.between, self.slices)
+            yield Start(_megascale(one, "host_transfer_rendezvous"), found, True)
 
     def fused_collectives(self, one: Instruction) -> Iterator[Item]:
         """Those inside a fusion, of which TPUs have two kinds: a reduce-scatter as an all-reduce fused with the slice
@@ -305,6 +328,10 @@ class _Reader:
             sum(self.flops(body, one) for one in body.instructions),
             sum(self.transcendentals(body, one) for one in body.instructions),
         )
+
+
+def _megascale(one: Instruction, name: str) -> str:
+    return re.search(rf'_xla_{name}="([^"]*)"', one.attributes)[1]
 
 
 def _branches(one: Instruction) -> list[str]:

@@ -117,7 +117,7 @@ def parse(text: str) -> Module:
         if head := _HEAD.match(line):
             name, lines, root = head["name"], [], ""
             entry = name if head["entry"] else entry
-        elif line.startswith("}") and name:
+        elif line.rstrip() == "}" and name:
             computations[name] = Computation(name, tuple(lines), root or (lines[-1].name if lines else ""))
             name = ""
         elif name and (found := _INSTRUCTION.match(line)):
@@ -125,6 +125,8 @@ def parse(text: str) -> Module:
             operands = () if found["op"] in ("constant", "parameter") else tuple(re.findall(r"%([\w.-]+)", inside))
             lines.append(Instruction(found["name"], found["op"], shapes(found["type"]), operands, inside, attributes))
             root = found["name"] if found["root"] else root
+        elif name and lines:  # metadata of a kernel may hold line breaks
+            lines[-1] = dataclasses.replace(lines[-1], attributes=lines[-1].attributes + line)
     if not entry:
         raise ValueError("this is no compiled HLO: there is no ENTRY computation")
     first = text[: text.index("\n")]

@@ -16,11 +16,18 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, Mesh
 
 from jaxtrain.config import PPOStage, Recipe, Stage
+from jaxtrain.generate.engine import prefill_rows
+from jaxtrain.generate.prepare import abstract_prepared
+from jaxtrain.generate.programs import abstract_slots
+from jaxtrain.generate.programs import programs as sampler
+from jaxtrain.generate.requests import bucket
+from jaxtrain.generate.sampling import Sampling
 from jaxtrain.models import Model, build_model
 from jaxtrain.models.flops import forward_flops_per_token
 from jaxtrain.objectives.dpo import DPO, add_reference
 from jaxtrain.plan.chips import Slice
 from jaxtrain.recipe.learner import Learner, make_learner
+from jaxtrain.rl.rewards import scores_at
 from jaxtrain.rl.rollout import score_rows
 from jaxtrain.sharding import AXES, batch_sharding, ways
 from jaxtrain.train.state import abstract_params
@@ -35,13 +42,15 @@ GPUS = {"a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200"
 class Program:
     """One jitted function of a stage.
 
-    name: what it does.  kind: "train", "forward" or "decode".  calls: how often it runs for one step of the stage (an
-        iteration of PPO).  jitted, args: to lower with the mesh set; a
-        decode's is None, and its only argument the parameters.
+    name: what it does.  kind: "train", "forward", "prefill" (of the sampler) or "decode".  calls: how often it runs for
+        one step of the stage (an iteration of PPO).  jitted, args: to lower with the mesh set.
     model, objective, learner: what it computes with; the latter two are None of what trains nothing.
+    held: parameters that lie beside those that are arguments, which the sampler has made of them; None elsewhere.
+    slots: beside a prefill, what the sampler keeps of the rows that are being written.
     rows, length: of its batch, over all devices.  accumulate: microbatches.  zero, zero_data: of the
         stage's mesh.
-    new_tokens: of a decode, how many it writes after each row's prompt.
+    new_tokens: of a decode, how many it writes after each row's prompt.  Where a row ends depends on what is sampled;
+        planned is that every row is written to its limit, in one call.
     """
 
     name: str
@@ -54,6 +63,8 @@ class Program:
     length: int
     objective: Any = None
     learner: Learner | None = None
+    held: Any = None
+    slots: Any = None
     accumulate: int = 1
     zero: int = 3
     zero_data: bool = False
@@ -62,7 +73,9 @@ class Program:
     @property
     def params(self) -> Any:
         """Of the model, as ShapeDtypeStructs with shardings."""
-        return self.learner.target.params if self.learner else next(x for x in self.args if isinstance(x, dict))
+        if self.learner:
+            return self.learner.target.params
+        return self.held or next(x for x in self.args if isinstance(x, dict))
 
     def split(self, mesh: Any, *names: str) -> int:
         """Over how many devices dimensions of these logical names are split, together."""
@@ -169,6 +182,7 @@ def _ppo(stage: PPOStage, recipe: Recipe, mesh: Any) -> list[Program]:
     }
     objectives = {"policy": ppo.objective(stage.objective), "critic": stage.critic_objective}
     scored = {"policy": policy_model, "reference": policy_model}
+    frozen = []
     if stage.critic is not None:
         scored["critic"] = build_model(stage.critic)
         learners["critic"] = make_learner(
@@ -176,10 +190,12 @@ def _ppo(stage: PPOStage, recipe: Recipe, mesh: Any) -> list[Program]:
         )
     if stage.reward_model is not None:
         heads = dataclasses.replace(stage.model, heads=("reward",))
-        scored["reward model"] = build_model(_model_of(recipe, stage.reward_model, heads))
-    found = [_rollout(stage, policy_model, mesh)]
+        frozen = [_reward(build_model(_model_of(recipe, stage.reward_model, heads)), ppo, length, mesh)]
+    found = _rollout(stage, policy_model, mesh)
     for name, model in scored.items():
-        args = (model.apply, ppo.temperature, abstract_params(model, mesh), tokens)
+        trained = learners.get(name)
+        params = trained.target.params if trained else abstract_params(model, mesh)
+        args = (model.apply, ppo.temperature, params, tokens)
         found.append(
             Program(
                 name=f"score: {name}",
@@ -191,6 +207,7 @@ def _ppo(stage: PPOStage, recipe: Recipe, mesh: Any) -> list[Program]:
                 **size,
             )
         )
+    found += frozen
     for name, learner in learners.items():
         found.append(
             Program(
@@ -211,23 +228,67 @@ def _ppo(stage: PPOStage, recipe: Recipe, mesh: Any) -> list[Program]:
     return found
 
 
-def _rollout(stage: PPOStage, model: Model, mesh: Any) -> Program:
-    """The sampler, as often as its slots are filled for an iteration; ``length`` is of its cache."""
-    ppo = stage.ppo
+def _reward(model: Model, ppo: Any, length: int, mesh: Any) -> Program:
+    """The reward model reads all of an iteration's completions at once."""
+    rows = ppo.prompts_per_iteration
+    last = jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=batch_sharding(mesh))
+    args = (model.apply, abstract_params(model, mesh), abstract_tokens(rows, length, mesh), last)
+    return Program(
+        name="score: reward model",
+        kind="forward",
+        calls=1,
+        jitted=scores_at,
+        args=args,
+        model=model,
+        rows=rows,
+        length=length,
+    )
+
+
+def _rollout(stage: PPOStage, model: Model, mesh: Any) -> list[Program]:
+    """The sampler's programs, of the sizes that the engine gives them: prompts are read in groups, then slots are
+    decoded together, as often as they are filled for an iteration."""
+    ppo, config = stage.ppo, model.config
+    # Which ids end a row is the tokenizer's affair; that one is compared with is not.
+    sampling = Sampling(temperature=ppo.temperature, stop_ids=(0,))
+    jitted = sampler(model, sampling, 0)
     unit = ways(mesh, model.rules.spec(("batch",))[0])
     together = min(ppo.sampler_slots or ppo.prompts_per_iteration, ppo.prompts_per_iteration)
     together = -(-together // unit) * unit
-    return Program(
-        name="rollout",
+    prompt, length = stage.data.max_prompt_len, stage.data.max_prompt_len + ppo.max_new_tokens
+    width = bucket(prompt, config.max_positions)
+    read = prefill_rows(width, unit, together)
+    prepared = abstract_prepared(model, mesh)
+    slots = abstract_slots(model, sampling, mesh, together, bucket(length - 1, config.max_positions))
+    shared = {"model": model, "held": abstract_params(model, mesh)}
+
+    def array(shape: tuple[int, ...], dtype: Any = jnp.int32) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape, dtype)
+
+    columns = (array((read,)), array((read,)), array((read, slots.keys.shape[1]), jnp.uint32), array((read, 0), bool))
+    prefill = Program(
+        name="rollout: read",
+        kind="prefill",
+        calls=-(-ppo.prompts_per_iteration // read),
+        jitted=jitted["read"],
+        args=(prepared, array((read, width)), *columns),
+        rows=read,
+        length=width,
+        slots=slots,
+        **shared,
+    )
+    decode = Program(
+        name="rollout: write",
         kind="decode",
         calls=-(-ppo.prompts_per_iteration // together),
-        jitted=None,
-        args=(abstract_params(model, mesh),),
-        model=model,
+        jitted=jitted["decode"],
+        args=(prepared, slots, array(()), array(())),
         rows=together,
-        length=stage.data.max_prompt_len + ppo.max_new_tokens,
+        length=length,
         new_tokens=ppo.max_new_tokens,
+        **shared,
     )
+    return [prefill, decode]
 
 
 def abstract_batch(data: Any, rows: int, mesh: Any) -> Tokens | Pairs:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 
 from jaxtrain.plan.chips import Slice
 from jaxtrain.plan.hlo import Collective, Done, Item, Loop, Start, Work, flat
+from jaxtrain.sharding import slice_axes
 
 # Of the matrix units' peak that attention kernels reach.  JAX's and our own kernels' matrix slots are 64 to 100% full
 # in the hot regions of their compiled schedules (benchmarks/README.md); masked tiles and the ends of rows are not.
@@ -58,7 +59,7 @@ class Network:
         """
         chip, where = self.where.chip, self.where
         axes = tuple(axes)
-        if where.slices > 1 and "data" in axes:
+        if not set(axes).isdisjoint(slice_axes(self.sizes, where.slices)):
             return chip.network_rate
         chips = max(1, math.prod(self.sizes[axis] for axis in axes) // chip.devices)
         if not chip.is_tpu:
@@ -147,10 +148,11 @@ def table_of_collectives(items: tuple[Item, ...], network: Network) -> list[dict
                 item.collective.bytes,
                 item.asynchronous,
                 behind.get(item.key, False),
+                item.collective.emulated,
             )
             counts[key] += times
     rows = []
-    for (kind, axes, members, size, asynchronous, overlaps), count in counts.items():
+    for (kind, axes, members, size, asynchronous, overlaps, emulated), count in counts.items():
         one = Collective(kind, size, axes, members)
         rows.append(
             {
@@ -161,6 +163,7 @@ def table_of_collectives(items: tuple[Item, ...], network: Network) -> list[dict
                 "count": count,
                 "asynchronous": asynchronous,
                 "overlaps": asynchronous and overlaps,
+                "emulates_all_gather": emulated,
                 "seconds": count * network.seconds(one),
             }
         )

@@ -37,6 +37,7 @@ def run_recipe(recipe: Recipe, config_text: str, out: Path, say: Callable[[str],
 
     config_text: the resolved gin, kept as ``config.gin``.  say: prints a line for the user.
     """
+    recipe.check_folders()
     for stage in recipe.stages:
         _check_mesh(stage)
     with locked(out):

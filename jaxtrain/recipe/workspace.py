@@ -18,6 +18,7 @@ from jaxtrain.distributed import is_writer
 PRESENTATION = (
     "report",
     "plan",
+    "rehearse",
     "interop",
     "main.py",
     "commands.py",

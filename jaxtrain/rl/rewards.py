@@ -105,7 +105,8 @@ class FormatReward:
 
 
 @partial(jax.jit, static_argnames="apply")
-def _scores_at(apply, params: Params, tokens: Tokens, last: jax.Array) -> jax.Array:
+def scores_at(apply, params: Params, tokens: Tokens, last: jax.Array) -> jax.Array:
+    """The reward head's float32 ``[B]`` at position ``last [B]`` of each row."""
     rewards = apply(params, tokens).rewards
     return jnp.take_along_axis(rewards, last[:, None], axis=1)[:, 0]
 
@@ -167,7 +168,7 @@ class ModelReward:
                 segments=segments,
             )
             tokens, last = self.place((tokens, lengths - 1))
-            scores.append(fetch(_scores_at(self.model.apply, self.params, tokens, last))[: len(chunk)])
+            scores.append(fetch(scores_at(self.model.apply, self.params, tokens, last))[: len(chunk)])
         return np.concatenate(scores).astype(np.float32)
 
     def normalised(self, prompt_ids: Sequence[Sequence[int]], completion_ids: Sequence[Sequence[int]]) -> ModelReward:

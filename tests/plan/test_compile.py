@@ -42,7 +42,18 @@ def test_the_compiled_step_does_what_is_counted_by_hand(recipe_file):
     assert part["unknown"] == []
     assert kernel == pytest.approx(kernels, rel=0.01)
     assert walked == pytest.approx(products, rel=0.01)
+    # 38 MiB, of which what no plan counts (tiles' padding, loop state) is a larger share than of a real model's.
+    assert part["bytes_by_hand"] == pytest.approx(part["bytes"], rel=0.08)
     assert {axis for row in part["collectives"] for axis in row["axes"]} == {"fsdp"}
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_slices_are_joined_by_the_data_axis(recipe_file):
+    (part,) = planned(recipe_file, "2*v5e:2x2", "lm", "MeshConfig.data = 2")["parts"]
+    assert part["fits"] is True
+    over = {tuple(row["axes"]): row["seconds"] / row["count"] / row["bytes"] for row in part["collectives"]}
+    assert over["data",] > 5 * over["fsdp",]  # the slow network's seconds a byte
 
 
 @needs_compiler

@@ -87,6 +87,32 @@ def test_a_loop_of_unknown_length_is_named():
     assert program.totals().flops == 2 * 16**3
 
 
+def test_a_loop_of_unknown_length_turns_as_often_as_is_said():
+    def loop(x, limit, stack):
+        x = jax.lax.scan(lambda x, m: (x @ m, None), x, stack)[0]
+        return jax.lax.while_loop(lambda c: jnp.sum(c) < limit, lambda c: c @ c, x)
+
+    args = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((16, 16), (), (5, 16, 16))]
+    program = walk(jax.jit(loop).lower(*args).compile().as_text(), turns=9)
+    assert program.unknown == ()
+    assert program.totals().flops == (9 + 5) * 2 * 16**3  # the scan says its own length
+
+
+def test_a_sum_of_parts_among_zeros_is_an_emulated_gather(mesh):
+    def by_sum(x):
+        whole = jnp.zeros((16, 8), x.dtype)
+        at = jax.lax.axis_index("fsdp") * 4
+        return jax.lax.psum(jax.lax.dynamic_update_slice(whole, x, (at, 0)), "fsdp")
+
+    def collectives(function, spec):
+        mapped = jax.shard_map(function, mesh=mesh, in_specs=P("fsdp"), out_specs=spec, check_vma=False)
+        found = walked(mapped, (16, 8), mesh=mesh, specs=[P("fsdp")]).collectives()
+        return [(start.collective.kind, start.collective.emulated) for start, _ in found]
+
+    assert collectives(by_sum, P()) == [("all-reduce", True)]
+    assert collectives(lambda x: jax.lax.psum(x, "fsdp"), P()) == [("all-reduce", False)]
+
+
 def test_a_slice_of_a_stack_is_not_the_stack():
     def loop(x, stack):
         def body(i, x):
@@ -201,6 +227,38 @@ def test_the_tpu_compilers_own_forms():
     assert isinstance(work, Work)
     assert program.totals().kernel_flops == 5 * 1000
     assert gather.wire_bytes == 2 * 16 * 16 * 3 / 4
+
+
+def megascale(rendezvous=None):
+    """What the compiler writes of a transfer between slices."""
+    told = {"host_transfer_handler_name": "xla_megascale_runtime"}
+    if rendezvous:
+        told |= {"host_transfer_rendezvous": rendezvous, "megascale_reduce_operation": "SUM"}
+        told |= {"megascale_target": "{1,2}x{0:3}", "megascale_transfer_type": "ALL_REDUCE"}
+    attributes = ",".join(f'_xla_{name}="{value}"' for name, value in told.items())
+    return f"is_host_transfer=true, frontend_attributes={{{attributes}}}"
+
+
+MEGASCALE = f"""HloModule two_slices, is_scheduled=true, num_partitions=8
+
+ENTRY %main (x: bf16[32,8,128]) -> bf16[32,8,128] {{
+  %x = bf16[32,8,128]{{2,1,0}} parameter(0)
+  %after-all = token[] after-all()
+  %send = (bf16[32,8,128]{{2,1,0}}, u32[], token[]) send(%x, %after-all), channel_id=3, {megascale("sum_0")}
+  %recv = (bf16[32,8,128]{{2,1,0}}, u32[], token[]) recv(%after-all), channel_id=2, {megascale("sum_0")}
+  %send-done = token[] send-done(%send), channel_id=3, {megascale()}
+  %recv-done = (bf16[32,8,128]{{2,1,0}}, token[]) recv-done(%recv), channel_id=2, {megascale()}
+  ROOT %y = bf16[32,8,128]{{2,1,0}} get-tuple-element(%recv-done), index=0
+}}
+"""
+
+
+def test_collectives_between_slices_go_through_the_host():
+    sizes = {"data": 4, "fsdp": 4, "tensor": 1, "context": 1, "expert": 1, "stage": 1}
+    started, done = walk(MEGASCALE, sizes, slices=2).items
+    assert started.collective == Collective("all-reduce", 2 * 32 * 8 * 128, ("data",), 2)
+    assert started.asynchronous
+    assert done == Done(started.key)
 
 
 def test_an_all_reduce_goes_around_twice():

@@ -5,15 +5,31 @@ from __future__ import annotations
 import jax
 import pytest
 
-from jaxtrain.plan import hlo
+from jaxtrain.plan import hlo, moments
+from jaxtrain.plan import memory as by_hand
 from jaxtrain.plan.analytic import executed_flops, items_of
 from jaxtrain.plan.chips import parse_topology
-from jaxtrain.plan.memory import decode_memory, program_memory, resident, saved_activations, stage_memory
+from jaxtrain.plan.memory import decode_memory, resident, stage_memory
 from jaxtrain.plan.programs import abstract_mesh, programs
 from jaxtrain.sharding import make_mesh
 
 WHERE = parse_topology("v5e:2x4")
 LAYERS, WIDTH, LENGTH, ROWS = 4, 256, 512, 16
+
+
+def program_memory(program, mesh):
+    """Its parts, at the moment that needs most."""
+    return by_hand.program_memory(program, mesh)[0]
+
+
+def saved_activations(program, mesh):
+    """By the layers, after them, logits."""
+    return moments.saved_activations(program, mesh, moments.Traces())
+
+
+def moment(program, mesh, name):
+    """One of a train step's moments."""
+    return next(one for one in moments.moments(program, mesh, moments.Traces()) if name in one.name)
 
 
 @pytest.fixture
@@ -38,6 +54,29 @@ def test_state_by_hand(parts):
     assert memory["parameters"] == memory["gradients"] == own
     assert memory["optimizer"] == pytest.approx(2 * own, abs=16)  # and counters
     assert memory["batch"] == 5 * 4 * ROWS * LENGTH // 8
+
+
+def test_shapes_of_other_rows_are_those_that_a_trace_gives(parts, monkeypatch):
+    traces, traced = moments.Traces(), []
+    real = moments.trace_residuals
+    monkeypatch.setattr(moments, "trace_residuals", lambda *args: traced.append(args) or real(*args))
+    for rows in (8, 16, 48):
+        found, mesh = parts("lm", f"Stage.batch_size = {rows}", "DecoderConfig.remat = 'none'")
+        shapes = traces.residuals(found["train"], mesh)
+        assert [(x.shape, x.dtype) for x in shapes] == [(x.shape, x.dtype) for x in real(found["train"], mesh)]
+    assert len(traced) == 2
+
+
+@pytest.mark.parametrize(
+    "changes", [("MeshConfig.fsdp = 4", "MeshConfig.tensor = 2"), ("MeshConfig.data = 2", "MeshConfig.fsdp = 4")]
+)
+def test_traces_of_one_mesh_serve_others_of_its_kind(parts, changes):
+    """What ``Traces`` takes to be alike is."""
+    found, mesh = parts("lm", *changes)
+    other = ("MeshConfig.fsdp = 1", "MeshConfig.data = 4", "MeshConfig.tensor = 2") if "tensor" in changes[1] else ()
+    again, wider = parts("lm", *other)
+    one, two = (moments.trace_residuals(built["train"], on) for built, on in ((found, mesh), (again, wider)))
+    assert [(x.shape, x.dtype) for x in one] == [(x.shape, x.dtype) for x in two]
 
 
 def test_a_layers_input_is_what_full_remat_saves(parts):
@@ -88,7 +127,8 @@ def test_dpo_keeps_its_reference_beside_the_step(parts):
 def test_ppo_keeps_four_models(parts):
     found, mesh = parts("ppo")
     assert list(found) == [
-        "rollout",
+        "rollout: read",
+        "rollout: write",
         *(f"score: {name}" for name in ("policy", "reference", "critic", "reward model")),
         "train: policy",
         "train: critic",
@@ -104,7 +144,7 @@ def test_ppo_keeps_four_models(parts):
 
 def test_the_cache_of_a_rollout(parts):
     found, mesh = parts("ppo")
-    cache = decode_memory(found["rollout"], mesh)["kv cache"]
+    cache = decode_memory(found["rollout: write"], mesh)["kv cache"]
     # Keys and values of 2 heads of 128 in bfloat16, of 4 rows a device (32 prompts over 8).
     assert cache == pytest.approx(LAYERS * 2 * 2 * 128 * LENGTH * 2 * 32 / 8, rel=1e-3)
 
@@ -112,8 +152,13 @@ def test_the_cache_of_a_rollout(parts):
 def test_zero_says_what_is_whole_while_a_step_runs(parts):
     found = {level: parts("lm", f"MeshConfig.zero = {level}") for level in (1, 2, 3)}
     memory = {level: program_memory(built["train"], mesh) for level, (built, mesh) in found.items()}
-    assert memory[1]["gradients"] == 8 * memory[3]["gradients"] == 8 * memory[2]["gradients"]
-    assert memory[1]["temporaries"] == memory[2]["temporaries"] > memory[3]["temporaries"]
+    sums = {level: moment(built["train"], mesh, "backward").gradients for level, (built, mesh) in found.items()}
+    # Of the layers: float32 split over 8, bfloat16 split, bfloat16 whole.
+    assert sums[1] - sums[2] == 7 * (sums[3] - sums[2]) > 0
+    copies = {level: moment(built["train"], mesh, "lookup").working for level, (built, mesh) in found.items()}
+    assert copies[1] == copies[2]
+    layers = 2 * LAYERS * (WIDTH * 128 * (4 + 2 + 2 + 4) + 3 * WIDTH * 512)  # in bfloat16
+    assert copies[2] - copies[3] == layers * 7 // 8
     assert len({memory[level]["optimizer"] for level in memory}) == 1
     sent = {}
     for level, (built, mesh) in found.items():
@@ -132,10 +177,13 @@ def test_a_state_split_over_data_too(parts):
     both = ("MeshConfig.data = 2", "MeshConfig.fsdp = 4")
     (plain, mesh), (split, _) = parts("lm", *both), parts("lm", *both, "MeshConfig.zero_data = True")
     memory = [program_memory(found["train"], mesh) for found in (plain, split)]
-    for part in ("parameters", "optimizer", "gradients"):
+    for part in ("parameters", "optimizer"):
         assert memory[1][part] == pytest.approx(memory[0][part] / 2, rel=0.02)
+    # Gradients of copies in bfloat16.
+    assert memory[1]["gradients"] < 0.5 * memory[0]["gradients"]
     # The copy that a step computes with is whole over data.
-    assert memory[1]["temporaries"] == pytest.approx(memory[0]["temporaries"], rel=0.02)
+    copies = [moment(found["train"], mesh, "lookup").working for found in (plain, split)]
+    assert copies[0] == copies[1]
     over_data = [
         {item.collective.kind for item, _ in hlo.flat(items_of(found["train"], mesh)) if _axes(item) == ("data",)}
         for found in (plain, split)
