@@ -154,6 +154,13 @@ def test_sigterm_to_a_single_process(monkeypatch):
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+def test_a_job_that_is_to_stop_after_some_steps():
+    with distributed.job(stop_after=2), distributed.loop():
+        assert [distributed.preempted() for _ in range(3)] == [False, True, False]
+    with distributed.job(), distributed.loop():
+        assert not any(distributed.preempted() for _ in range(3))
+
+
 def test_the_heartbeat_is_a_file_that_steps_touch(tmp_path, monkeypatch):
     file = tmp_path / "beat"
     monkeypatch.setenv("JAXTRAIN_HEARTBEAT", str(file))

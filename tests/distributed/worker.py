@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import pickle
 import sys
 import time
 from pathlib import Path
@@ -166,6 +168,52 @@ def train(out: str, start: str, until: str) -> None:
     checkpoints.close()
     digests = read_meta(folder / "checkpoints")["digests"]
     say(rows=rows.tolist(), read=source.read, digests=digests)
+
+
+def train_tests(name: str):
+    """A module of tests/train: its tiny model, its meshes, its batches."""
+    spec = importlib.util.spec_from_file_location(f"train_{name}", Path(__file__).parents[1] / "train" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look there
+    spec.loader.exec_module(module)
+    return module
+
+
+def meshes(expected: str, *names: str) -> None:
+    """Every objective on meshes over all processes' devices, beside one device's numbers in the file ``expected``.
+
+    Says for each mesh and objective how far this process's parts of sums and gradients are from those, as a multiple of
+    what is allowed; and the same, as a control, of one objective's gradients beside another's.
+    """
+    tools, cases = train_tests("conftest").make_tools(), train_tests("test_meshes")
+    whole = pickle.loads(Path(expected).read_bytes())
+    for name in names:
+        found = cases.all_objectives(tools, cases.MESHES[name])
+        far = {one: max(excess(tools, *pair) for pair in parts(found[one], whole[one])) for one in cases.NAMES}
+        say(mesh=name, far=far, control=excess(tools, found["LM"][1], whole["SFT"][1]))
+
+
+def parts(found, expected):
+    """(found, expected) of what has a scale of its own: the loss, every metric, the gradients."""
+    (loss, grads), (whole, whole_grads) = found, expected
+    yield (loss.total, loss.weight), (whole.total, whole.weight)
+    yield grads, whole_grads
+    for name in whole.metrics:
+        yield loss.metrics[name], whole.metrics[name]
+
+
+def excess(tools, tree, whole) -> float:
+    """The largest distance over what ``tools.assert_close`` allows, in the parts of arrays that lie here."""
+    assert jax.tree.structure(tree) == jax.tree.structure(whole)
+    scale, worst = max(float(np.max(np.abs(x))) for x in jax.tree.leaves(whole)), 0.0
+    for array, one in zip(jax.tree.leaves(tree), jax.tree.leaves(whole), strict=True):
+        assert array.shape == np.shape(one) and array.addressable_shards
+        for shard in array.addressable_shards:
+            here, there = np.asarray(shard.data), np.asarray(one)[shard.index]
+            assert np.isfinite(here).all()
+            allowed = tools.tolerance * (scale + np.abs(there))
+            worst = max(worst, float(np.max(np.abs(here - there) / np.maximum(allowed, 1e-30), initial=0.0)))
+    return worst
 
 
 if __name__ == "__main__":
