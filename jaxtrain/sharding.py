@@ -125,7 +125,7 @@ def slice_axes(sizes: Mapping[str, int], slices: int) -> dict[str, int]:
     """
     found, left = {}, slices
     for axis in ("data", "stage"):
-        part = math.gcd(sizes[axis], left)
+        part = math.gcd(sizes.get(axis, 1), left)
         left //= part
         if part > 1:
             found[axis] = part
