@@ -37,6 +37,7 @@ def main(folder: Path, settings: list[str]) -> None:
         seconds = cpu_seconds() - before
         memory = compiled.memory_analysis()
         found = {
+            "allocated": memory.peak_memory_in_bytes,
             "arguments": memory.argument_size_in_bytes,
             "temporaries": memory.temp_size_in_bytes,
             "outputs": memory.output_size_in_bytes,

@@ -84,6 +84,7 @@ def test_the_table_adds_up(versus):
         "case": "c",
         "system": "s",
         "gib": 7.5,
+        "gib_added_up": 8.25,
         "flops": 5.5e14,
         "hbm_bytes": 3.5e11,
         "sent_bytes": 5e10,
@@ -96,5 +97,6 @@ def test_the_table_adds_up(versus):
     }
     *_, last = versus.table([row]).splitlines()
     assert last == (
-        "| c | s | 7.50 | 550.0 | 350 | 50.0: all-gather 40.0, all-reduce 10.0 | 1.500 | 7.0% | 60.0% | 50 (1.2) |"
+        "| c | s | 7.50 | 8.25 | 550.0 | 350 | 50.0: all-gather 40.0, all-reduce 10.0 "
+        "| 1.500 | 7.0% | 60.0% | 50 (1.2) |"
     )
