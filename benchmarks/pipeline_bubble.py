@@ -16,12 +16,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-TOPOLOGY = "v5e:4x4"
-DEPTH = 16
-SIZES = ("d_model = 2048", "num_heads = 16", "num_kv_heads = 8", "d_ff = 8192", "max_positions = 2048")
-ROWS = 256
-# (stages, rounds, microbatches): no interleaving, and rounds for the same number of microbatches.
-SCHEDULES = ((4, 1, 4), (4, 1, 16), (4, 2, 16), (4, 4, 16), (2, 1, 16), (8, 1, 16), (8, 2, 16))
+TOPOLOGY = "v5e:2x4"
+DEPTH = 8
+SIZES = ("d_model = 1024", "num_heads = 8", "num_kv_heads = 8", "d_ff = 2048", "max_positions = 2048")
+ROWS = 64
+# (stages, rounds, microbatches)
+SCHEDULES = ((2, 1, 8), (4, 1, 4), (4, 1, 16), (4, 2, 16), (2, 4, 8))
 
 
 def planned(depth: int, stages: int, rounds: int, microbatches: int) -> Any:
