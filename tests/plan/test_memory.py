@@ -9,6 +9,7 @@ from jaxtrain.plan import hlo, moments
 from jaxtrain.plan import memory as by_hand
 from jaxtrain.plan.analytic import executed_flops, items_of
 from jaxtrain.plan.chips import parse_topology
+from jaxtrain.plan.hlo import flat
 from jaxtrain.plan.memory import decode_memory, resident, stage_memory
 from jaxtrain.plan.programs import abstract_mesh, programs
 from jaxtrain.sharding import make_mesh
@@ -207,6 +208,22 @@ def test_what_goes_to_the_host_is_not_on_the_device(parts):
     found, mesh = parts("lm", "DecoderConfig.remat_offload = ('stream',)")
     without = saved_activations(found["train"], mesh)[0]
     assert saved[None] - without == LAYERS * tokens * WIDTH * 2
+
+
+def test_idle_stages_are_counted(parts):
+    """Of two stages and four microbatches one tick in five is idle; with two rounds one in nine."""
+    found, mesh = parts("lm", "MeshConfig.fsdp = 8")
+    products, kernels = executed_flops(found["train"], mesh)
+    split = ("MeshConfig.stage = 2", "MeshConfig.fsdp = 4", "DecoderConfig.pipeline_microbatches = 4")
+    for rounds, ticks in ((1, 5 / 4), (2, 9 / 8)):
+        found, mesh = parts("lm", *split, f"DecoderConfig.pipeline_rounds = {rounds}")
+        more, of_kernels = executed_flops(found["train"], mesh)
+        assert of_kernels == pytest.approx(ticks * kernels)
+        assert products < more < ticks * products
+        works = [work for work, times in flat(items_of(found["train"], mesh)) for _ in range(times)]
+        done = sum(work.flops for work in works if isinstance(work, hlo.Work))
+        assert done == pytest.approx(more + of_kernels)
+        assert {start.collective.kind for start in works if isinstance(start, hlo.Start)} >= {"collective-permute"}
 
 
 @pytest.mark.slow
