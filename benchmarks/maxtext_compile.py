@@ -11,21 +11,14 @@ of lowering and compiling, the most resident memory and versions.  KEY=VALUE are
 
 from __future__ import annotations
 
-import importlib.metadata
-import json
 import os
-import resource
 import sys
 from pathlib import Path
 
 import jax
+from compiled import cpu_seconds, write
 from maxtext.configs import pyconfig
 from maxtext.trainers.pre_train import train_compile
-
-
-def cpu_seconds() -> float:
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def main(folder: Path, settings: list[str]) -> None:
@@ -35,20 +28,7 @@ def main(folder: Path, settings: list[str]) -> None:
         before = cpu_seconds()
         compiled = original(func, args, kwargs, mesh, *rest)
         seconds = cpu_seconds() - before
-        memory = compiled.memory_analysis()
-        found = {
-            "allocated": memory.peak_memory_in_bytes,
-            "arguments": memory.argument_size_in_bytes,
-            "temporaries": memory.temp_size_in_bytes,
-            "outputs": memory.output_size_in_bytes,
-            "aliased": memory.alias_size_in_bytes,
-            "mesh": dict(mesh.shape),
-            "cpu_seconds": seconds,
-            "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-            "versions": {name: importlib.metadata.version(name) for name in ("maxtext", "jax", "libtpu")},
-        }
-        (folder / "program.hlo").write_text(compiled.as_text(), encoding="utf-8")
-        (folder / "compiled.json").write_text(json.dumps(found), encoding="utf-8")
+        write(folder, compiled, mesh, seconds, ("maxtext", "jax", "libtpu"))
         return compiled
 
     train_compile.jit_and_compile = jit_and_compile

@@ -25,14 +25,13 @@ import dataclasses
 import json
 import os
 import re
-import resource
 import subprocess
 import sys
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from compiled import cpu_seconds, write
 from plan_recipes import CASES as RECIPES
 
 GIB = 2**30
@@ -110,20 +109,7 @@ def compile_jaxtrain(case: Case, folder: Path) -> None:
     with jax.set_mesh(mesh):
         compiled = program.jitted.lower(*program.args).compile()
     seconds = cpu_seconds() - before
-    memory = compiled.memory_analysis()
-    found = {
-        "allocated": memory.peak_memory_in_bytes,
-        "arguments": memory.argument_size_in_bytes,
-        "temporaries": memory.temp_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
-        "mesh": dict(mesh.shape),
-        "cpu_seconds": seconds,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
-        "versions": {name: version(name) for name in ("jax", "libtpu")},
-    }
-    (folder / "program.hlo").write_text(compiled.as_text(), encoding="utf-8")
-    (folder / "compiled.json").write_text(json.dumps(found), encoding="utf-8")
+    write(folder, compiled, mesh, seconds, ("jax", "libtpu"))
 
 
 def compile_maxtext(case: Case, folder: Path, python: str, *, flags: bool) -> None:
@@ -263,12 +249,6 @@ def table(rows: list[dict[str, Any]]) -> str:
             )
         )
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
-
-
-def cpu_seconds() -> float:
-    """Of this process, all threads."""
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    return used.ru_utime + used.ru_stime
 
 
 def tail(path: Path) -> str:

@@ -38,6 +38,17 @@ def _check_reward_parent(stage: Any, earlier: dict[str, Any]) -> None:
         )
 
 
+def check_vocabulary(stage: Any, tokenizer: Any) -> None:
+    """Raises ValueError where a model of the stage has fewer rows than the tokenizer has ids."""
+    for what, model in {"model": stage.model, "critic": getattr(stage, "critic", None)}.items():
+        # More rows than ids are fine: released models pad their vocabulary to a round number.
+        if model is not None and model.vocab_size < tokenizer.vocab_size:
+            raise ValueError(
+                f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} is smaller than the "
+                f"tokenizer's {tokenizer.vocab_size}: it would have no row for some ids"
+            )
+
+
 def _no_parent(stage: Any, name: str, earlier: dict[str, Any]) -> str:
     return (
         f"stage {stage.name} starts from {name!r}, which is neither an earlier stage "
@@ -244,7 +255,7 @@ class Recipe:
             if stage.name in earlier:
                 raise ValueError(f"two stages are called {stage.name!r}; give every stage a name of its own")
             if not isinstance(self.tokenizer, SavedTokenizer):
-                self._check_vocabulary(stage)
+                check_vocabulary(stage, self.tokenizer)
             for name in stage.parents():
                 if name not in earlier and any(s.name == name for s in self.stages) and not Path(name).is_dir():
                     raise ValueError(_no_parent(stage, name, earlier) + " (it comes later in the chain)")
@@ -256,20 +267,11 @@ class Recipe:
         planning does not."""
         earlier: dict[str, Any] = {}
         for stage in self.stages:
-            self._check_vocabulary(stage)
+            check_vocabulary(stage, self.tokenizer)
             for name in stage.parents():
                 if name not in earlier and not Path(name).is_dir():
                     raise ValueError(_no_parent(stage, name, earlier))
             earlier[stage.name] = stage
-
-    def _check_vocabulary(self, stage: Any) -> None:
-        for what, model in {"model": stage.model, "critic": getattr(stage, "critic", None)}.items():
-            # More rows than ids are fine: released models pad their vocabulary to a round number.
-            if model is not None and model.vocab_size < self.tokenizer.vocab_size:
-                raise ValueError(
-                    f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} is smaller than the "
-                    f"tokenizer's {self.tokenizer.vocab_size}: it would have no row for some ids"
-                )
 
 
 # Everything a gin file may name.

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh
 
-from jaxtrain.config import PPOStage, Recipe
+from jaxtrain.config import PPOStage, Recipe, check_vocabulary
 from jaxtrain.config_json import read_json
 from jaxtrain.config_model import read_model_config
 from jaxtrain.data.tokenizer import SavedTokenizer
@@ -22,7 +22,6 @@ from jaxtrain.data.tokenizer_base import TextTokenizer
 from jaxtrain.models import build_model
 from jaxtrain.plan.programs import programs
 from jaxtrain.recipe.runtime import overlay
-from jaxtrain.rehearse.loading import models_of
 from jaxtrain.rehearse.sources import Sample, is_here
 from jaxtrain.sharding import AXES
 
@@ -35,7 +34,7 @@ def check_full_size(recipe: Recipe) -> list[str]:
     for stage in recipe.stages:
         programs(stage, recipe, full_mesh(stage.mesh))
         if tokenizer is not None:
-            _check_vocabulary(stage, tokenizer)
+            check_vocabulary(stage, tokenizer)
         done += [_check_parent(recipe, stage, *pair) for pair in _parents(stage)]
         done += _check_data(stage, tokenizer)
     return list(dict.fromkeys(filter(None, done)))
@@ -50,15 +49,6 @@ def full_mesh(config: Any) -> AbstractMesh:
 def _tokenizer(recipe: Recipe) -> TextTokenizer | None:
     config = recipe.tokenizer
     return config.load() if isinstance(config, SavedTokenizer) and Path(config.directory).is_dir() else None
-
-
-def _check_vocabulary(stage: Any, tokenizer: TextTokenizer) -> None:
-    for what, model in models_of(stage).items():
-        if model.vocab_size < tokenizer.vocab_size:
-            raise ValueError(
-                f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} is smaller than the tokenizer's "
-                f"{tokenizer.vocab_size}: it would have no row for some ids"
-            )
 
 
 def _parents(stage: Any) -> list[tuple[str, Any]]:
