@@ -38,11 +38,17 @@ def _check_reward_parent(stage: Any, earlier: dict[str, Any]) -> None:
         )
 
 
+def trained_models(stage: Any) -> dict[str, Any]:
+    """The models that a stage trains, by field."""
+    fields = {name: getattr(stage, name, None) for name in ("model", "critic")}
+    return {name: model for name, model in fields.items() if model is not None}
+
+
 def check_vocabulary(stage: Any, tokenizer: Any) -> None:
     """Raises ValueError where a model of the stage has fewer rows than the tokenizer has ids."""
-    for what, model in {"model": stage.model, "critic": getattr(stage, "critic", None)}.items():
+    for what, model in trained_models(stage).items():
         # More rows than ids are fine: released models pad their vocabulary to a round number.
-        if model is not None and model.vocab_size < tokenizer.vocab_size:
+        if model.vocab_size < tokenizer.vocab_size:
             raise ValueError(
                 f"stage {stage.name}: the {what}'s vocab_size={model.vocab_size} is smaller than the "
                 f"tokenizer's {tokenizer.vocab_size}: it would have no row for some ids"

@@ -9,11 +9,11 @@ import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxtrain.config import PPOStage, Recipe
+from jaxtrain.config import PPOStage, Recipe, trained_models
 from jaxtrain.models import build_model
 from jaxtrain.plan.chips import Slice
 from jaxtrain.plan.programs import Program
-from jaxtrain.sharding import MeshConfig
+from jaxtrain.sharding import DEFAULT_RULES, MeshConfig
 
 # What the backward pass finds done, from the least that is computed again to the most.
 _ATTENTION = ("query", "key", "value", "attention")
@@ -41,14 +41,9 @@ def length_of(stage: Any) -> int:
     return stage.data.seq_len
 
 
-def models_of(stage: Any) -> tuple[str, ...]:
-    """The fields that hold models which are trained."""
-    return ("model", "critic") if getattr(stage, "critic", None) is not None else ("model",)
-
-
 def with_model(stage: Any, **changes: Any) -> Any:
     """With these fields of every trained model."""
-    models = {name: dataclasses.replace(getattr(stage, name), **changes) for name in models_of(stage)}
+    models = {name: dataclasses.replace(getattr(stage, name), **changes) for name in trained_models(stage)}
     return dataclasses.replace(stage, **models)
 
 
@@ -111,7 +106,7 @@ def microbatches(stage: Any, ways: int) -> list[int]:
 def vary(program: Program, base: Any, stage: Any) -> Program:
     """A program of ``base`` as ``stage`` has it: fit for counting by hand, with what differs in remat, microbatches
     and the level of ZeRO, none of which moves its parameters."""
-    configs = {getattr(base, name): getattr(stage, name) for name in models_of(base)}
+    configs = {getattr(base, name): getattr(stage, name) for name in trained_models(base)}
     config = configs.get(program.model.config, program.model.config)
     changes: dict[str, Any] = {"model": build_model(config)}
     if program.kind == "train":
@@ -146,7 +141,7 @@ def bindings(stage: Any, changed: Any) -> list[Binding]:
         return [field.name for field in dataclasses.fields(config)]
 
     compare(stage.mesh, changed.mesh, fields(stage.mesh))
-    for name in models_of(stage):
+    for name in trained_models(stage):
         # What a family derives (head_dim, RoPE) is no business of a binding.
         compare(getattr(stage, name), getattr(changed, name), ["remat", "remat_save", "remat_offload"])
     compare(stage.optimizer, changed.optimizer, fields(stage.optimizer))
@@ -189,4 +184,4 @@ def gin_lines(found: list[Binding], stage: Any, changed: Any, recipe: Recipe, lo
 
 def rows_ways(mesh: MeshConfig) -> int:
     """Over how many devices a mesh without a -1 splits rows."""
-    return math.prod((mesh.data, mesh.fsdp, mesh.expert, mesh.stage))
+    return math.prod(getattr(mesh, axis) for axis in DEFAULT_RULES.spec(("batch",))[0])

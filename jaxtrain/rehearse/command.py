@@ -14,10 +14,10 @@ from typing import Any
 import jax
 
 from jaxtrain import config_text, distributed
-from jaxtrain.config import PPOStage, Recipe
+from jaxtrain.config import PPOStage, Recipe, trained_models
 from jaxtrain.recipe.chain import run_recipe
 from jaxtrain.rehearse.checks import check_full_size
-from jaxtrain.rehearse.loading import load, models_of
+from jaxtrain.rehearse.loading import load
 from jaxtrain.rehearse.models import ON_CPU
 from jaxtrain.rehearse.shrink import Shrunk, shrink
 from jaxtrain.sharding import AXES
@@ -148,7 +148,7 @@ def report(full: Recipe, small: Shrunk, checked: list[str], unknown: tuple[str, 
 
 def not_tested(full: Recipe, made_up: list[str]) -> list[str]:
     """What a miniature on CPUs cannot say of this recipe."""
-    models = [model for stage in full.stages for model in models_of(stage).values()]
+    models = [model for stage in full.stages for model in trained_models(stage).values()]
     lines = ["memory and speed on the real chips (jaxtrain plan says what they should be)"]
     kernels = sorted({model.attention for model in models if model.attention not in ON_CPU})
     asked = f", those asked for too: {', '.join(kernels)}" if kernels else ""

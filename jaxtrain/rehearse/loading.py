@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain import config_model, gin_edge
-from jaxtrain.config import CONFIGURABLES, PPOStage, Recipe
+from jaxtrain.config import CONFIGURABLES, Recipe
 from jaxtrain.models import LlamaConfig
 
 # Stands in for a model of which nothing is known, not even the family; it is shrunk like any other.
@@ -55,9 +55,3 @@ def load(file: str, bindings: Sequence[str] = ()) -> Loaded:
                     f"did you mean {meant[0]!r}? (A folder that lies elsewhere can be written with its path.)"
                 )
     return Loaded(recipe=recipe, unknown=tuple(unknown))
-
-
-def models_of(stage: Any) -> dict[str, Any]:
-    """The models that a stage trains, by field."""
-    names = ("model", "critic") if isinstance(stage, PPOStage) else ("model",)
-    return {name: getattr(stage, name) for name in names if getattr(stage, name) is not None}

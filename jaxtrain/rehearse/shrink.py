@@ -8,16 +8,16 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jaxtrain.config import PPOStage, Recipe, Samples, Stage
+from jaxtrain.config import PPOStage, Recipe, Samples, Stage, trained_models
 from jaxtrain.data.datasets import PairDataset, TextDataset
 from jaxtrain.data.tokenizer import SentencePieceBPE
 from jaxtrain.objectives import LM, RewardModel
 from jaxtrain.optim import AdamW, Constant
 from jaxtrain.optim.schedules import Schedule
-from jaxtrain.rehearse.loading import models_of
+from jaxtrain.plan.variants import rows_ways
 from jaxtrain.rehearse.models import VOCABULARY, Sizes, shrink_model
 from jaxtrain.rehearse.sources import MadeUp, Sample, cut, is_here
-from jaxtrain.sharding import AXES, DEFAULT_RULES, MeshConfig
+from jaxtrain.sharding import AXES, MeshConfig
 
 STEPS = 4  # of a stage: two before it is stopped, two after
 SAMPLED = 8  # tokens of a completion
@@ -86,11 +86,6 @@ def shrink_mesh(mesh: MeshConfig, devices: int, stage: str) -> MeshConfig:
         if not free or 2 * math.prod(found.values()) > devices:
             return dataclasses.replace(mesh, **found)
         found[max(free, key=lambda axis: wanted[axis] / found[axis])] *= 2
-
-
-def row_ways(mesh: MeshConfig) -> int:
-    """Over how many devices the rows of a batch are split."""
-    return math.prod(getattr(mesh, axis) for axis in DEFAULT_RULES.spec(("batch",))[0])
 
 
 def shrink_schedule(schedule: Schedule, before: int, after: int) -> Schedule:
@@ -179,13 +174,13 @@ class _Shrinker:
 
     def _rows(self, config: Any, mesh: MeshConfig) -> int:
         """Of a microbatch: two a device where one would leave a pipeline, or a single device, without company."""
-        ways = row_ways(mesh)
+        ways = rows_ways(mesh)
         return 2 * ways if ways == 1 or mesh.stage > 1 else ways
 
     def stage(self, stage: Any, stand_ins: dict[str, tuple[str, Stage]]) -> Any:
         mesh = self.meshes[stage.name]
         accumulate = min(stage.accumulate, 2)
-        new: dict[str, Any] = {name: self.model(config) for name, config in models_of(stage).items()}
+        new: dict[str, Any] = {name: self.model(config) for name, config in trained_models(stage).items()}
         new |= {"mesh": mesh, "data": self.data(stage.data), "accumulate": accumulate}
         for role in ROLES:
             if getattr(stage, role, None) in stand_ins:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from jax.sharding import AbstractMesh
 
-from jaxtrain.config import PPOStage
+from jaxtrain.config import PPOStage, trained_models
 from jaxtrain.models import (
     DecoderConfig,
     DeepseekV3Config,
@@ -28,9 +28,10 @@ from jaxtrain.models import (
     build_model,
 )
 from jaxtrain.optim import Linear, WarmupStableDecay
-from jaxtrain.rehearse.loading import load, models_of
+from jaxtrain.plan.variants import rows_ways
+from jaxtrain.rehearse.loading import load
 from jaxtrain.rehearse.models import Sizes, shrink_model
-from jaxtrain.rehearse.shrink import row_ways, shrink, shrink_mesh, shrink_schedule
+from jaxtrain.rehearse.shrink import shrink, shrink_mesh, shrink_schedule
 from jaxtrain.sharding import AXES, DEFAULT_RULES, MeshConfig, param_shardings
 
 RECIPES = Path(__file__).resolve().parents[2] / "configs" / "recipes"
@@ -78,8 +79,8 @@ def test_every_shipped_recipe_shrinks_to_what_eight_devices_hold(file):
         assert mini.objective == stage.objective
         assert 1 <= mini.steps <= 4 or stage.steps == 0
         rows = [mini.ppo.minibatch_size] if isinstance(mini, PPOStage) else [mini.batch_size]
-        assert [r % (mini.accumulate * row_ways(mini.mesh)) for r in rows] == [0]
-        for name, model in models_of(mini).items():
+        assert [r % (mini.accumulate * rows_ways(mini.mesh)) for r in rows] == [0]
+        for name, model in trained_models(mini).items():
             check_same_choices(getattr(stage, name), model)
             check_fits(model, mini.mesh)
     assert not any(Path(parent).is_dir() or parent not in own for s in small.recipe.stages for parent in s.parents())
