@@ -202,12 +202,6 @@ def rows_of(x_BTD: Array) -> Array:
     return x_BTD.reshape(-1, x_BTD.shape[-1]) if mesh.empty or mesh.shape["context"] == 1 else x_BTD
 
 
-def gathered(table: Array, config: Any, axis: str, constrain: Any) -> Array:
-    """A table of embeddings in the compute dtype, gathered over fsdp: a lookup in one that is split by width would
-    leave the rows' sharding behind.  axis: the logical name of its first dimension."""
-    return constrain(table.astype(config.compute_dtype), (axis, "act_embed"))
-
-
 def check_config(config: Any, sizes: tuple[str, ...], heads: tuple[str, ...]) -> None:
     """What every config of an encoder or an encoder-decoder must satisfy; raises ValueError naming the field."""
     for name in sizes:

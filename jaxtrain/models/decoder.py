@@ -22,6 +22,7 @@ from jaxtrain.models.decoder_config import DecoderConfig, LayerSpec, remat_polic
 from jaxtrain.models.functional import Functional, Model, functionalize, param, stack
 from jaxtrain.models.heads import LazyLogits, ScalarHead, lazy_logits
 from jaxtrain.models.layers import ROWS, dropout, into_stream, normal, out_of_stream, stream
+from jaxtrain.models.lookup import lookup
 from jaxtrain.models.moe import MoESpec
 from jaxtrain.models.mtp import MTP, look_ahead
 from jaxtrain.models.pipeline import Pipeline, run_pipeline, stages
@@ -168,17 +169,15 @@ def _forward(
     if config.dropout == 0.0:
         rng = None
 
-    # Gathered over fsdp first: a lookup in a table split by width would leave the rows' sharding behind.
-    embedding = pin(params["embed"]["embedding"].astype(config.compute_dtype), ("vocab", "act_embed"))
+    embedding = params["embed"]["embedding"].astype(config.compute_dtype)
 
     def embed(ids: Array) -> Array:
-        x = jnp.take(embedding, ids, axis=0)
+        x = lookup(embedding, ids, "vocab", pin)
         return x if spec.embed_scale == 1.0 else x * jnp.asarray(spec.embed_scale, x.dtype)
 
     x = embed(tokens.ids)
     if spec.learned_positions:
-        table = pin(params["position_embed"]["embedding"].astype(config.compute_dtype), ("positions", "act_embed"))
-        x = x + jnp.take(table, positions, axis=0)
+        x = x + lookup(params["position_embed"]["embedding"].astype(config.compute_dtype), positions, "positions", pin)
     # One dimension of rows rather than two: XLA's CPU backend takes the gradients of products of matrices in half the
     # time of those with several free dimensions (a SwiGLU of 256 x 688 over 2,048 tokens: 37 ms against 82), and no
     # other minds.  A sequence split over devices keeps its own dimension: merged, the two could not both be split.

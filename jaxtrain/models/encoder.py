@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.models.attention import AttentionSpec
-from jaxtrain.models.blocks import Block, BlockSpec, check_config, check_rows, gathered, place, rows_of, run_blocks
+from jaxtrain.models.blocks import Block, BlockSpec, check_config, check_rows, place, rows_of, run_blocks
 from jaxtrain.models.encoder_heads import Discriminator, Labels, MLMHead, Pooler, Table
 from jaxtrain.models.functional import Functional, Model, functionalize, stack
 from jaxtrain.models.heads import lazy_logits
 from jaxtrain.models.layers import ACTIVATIONS, ROWS, Linear, MLPSpec, NormSpec, dropout
+from jaxtrain.models.lookup import lookup
 from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules
 from jaxtrain.types import Array, Outputs, Params, Tokens
 
@@ -176,15 +177,14 @@ def _forward(
     def call(name, *args, **kwargs):
         return parts[name].call(params[name], *args, **kwargs)
 
-    def table(name, axis):
-        return gathered(params[name]["embedding"], config, axis, pin)
+    def embed(name, axis, ids):
+        return lookup(params[name]["embedding"].astype(config.compute_dtype), ids, axis, pin)
 
-    embedding = table("embed", "vocab")
-    x = jnp.take(embedding, tokens.ids, axis=0)
-    x = x + jnp.take(table("position_embed", "positions"), tokens.positions + config.first_position(), axis=0)
+    x = embed("embed", "vocab", tokens.ids)
+    x = x + embed("position_embed", "positions", tokens.positions + config.first_position())
     if config.type_vocab_size:
         types_BT = jnp.zeros_like(tokens.ids) if tokens.types is None else tokens.types
-        x = x + jnp.take(table("type_embed", "types"), types_BT, axis=0)
+        x = x + embed("type_embed", "types", types_BT)
     elif tokens.types is not None:
         raise ValueError("the batch has token types, but the model's type_vocab_size is 0")
     x = rows_of(call("embed_norm", x))

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from jaxtrain.sharding import ShardingRules
 from jaxtrain.types import Apply, Array, Params
@@ -26,6 +28,26 @@ def param(value: Array, *names: str, compute: str | None = None) -> nnx.Param:
     """A parameter whose dimensions carry logical names.  compute: the one type that its one use casts it to."""
     assert value.ndim == len(names), f"{value.shape} named {names}"
     return nnx.Param(value, **{LOGICAL: names, COMPUTE: compute or ""})
+
+
+@partial(jax.tree_util.register_dataclass, data_fields=("value",), meta_fields=("sharding",))
+@dataclasses.dataclass(frozen=True)
+class AtUse:
+    """In the place of a layer's parameter, or of a stack of them: it is gathered where the layer is called, and so
+    inside of a loop over layers, forward and, where layers are computed again, backward.
+
+    sharding: that it then has, of one layer.
+    """
+
+    value: Array
+    sharding: NamedSharding
+
+    def gathered(self) -> Array:
+        return jax.lax.with_sharding_constraint(self.value, self.sharding)
+
+
+def _is_at_use(x: Any) -> bool:
+    return isinstance(x, AtUse)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -55,6 +77,7 @@ def functionalize(build: Callable[[nnx.Rngs], nnx.Module]) -> Functional:
         return nnx.to_pure_dict(nnx.split(build(nnx.Rngs(params=key)))[1])
 
     def call(params: Params, *args: Any, **kwargs: Any) -> Any:
+        params = jax.tree.map(lambda x: x.gathered() if _is_at_use(x) else x, params, is_leaf=_is_at_use)
         return nnx.merge(graphdef, params)(*args, **kwargs)
 
     return Functional(init=init, call=call, axes=axes, dtypes=dtypes)

@@ -19,7 +19,6 @@ from jaxtrain.models.blocks import (
     Place,
     check_config,
     check_rows,
-    gathered,
     place,
     rows_of,
     run_blocks,
@@ -28,6 +27,7 @@ from jaxtrain.models.encoder_heads import Bias, Matrix, Table
 from jaxtrain.models.functional import Functional, Model, functionalize, stack
 from jaxtrain.models.heads import lazy_logits
 from jaxtrain.models.layers import ACTIVATIONS, ROWS, MLPSpec, NormSpec, dropout
+from jaxtrain.models.lookup import lookup
 from jaxtrain.models.relative import Relative
 from jaxtrain.models.seq2seq_cache import Seq2SeqCache
 from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules
@@ -200,10 +200,11 @@ class _Side:
     def start(self, tokens: Tokens, rng: Array | None) -> Array:
         """The residual stream before the first layer."""
         check_rows(self.config, tokens)
-        x = jnp.take(self.embedding, tokens.ids, axis=0) * jnp.asarray(self.spec.embed_scale, self.embedding.dtype)
+        x = lookup(self.embedding, tokens.ids, "vocab", self.constrain)
+        x = x * jnp.asarray(self.spec.embed_scale, x.dtype)
         if self.spec.relative is None:
-            table = gathered(self.params["position_embed"]["embedding"], self.config, "positions", self.constrain)
-            x = x + jnp.take(table, tokens.positions + self.spec.first_position, axis=0)
+            table = self.params["position_embed"]["embedding"].astype(self.config.compute_dtype)
+            x = x + lookup(table, tokens.positions + self.spec.first_position, "positions", self.constrain)
         if self.spec.embed_norm:
             x = self.parts["embed_norm"].call(self.params["embed_norm"], x)
         x = rows_of(dropout(x, self.config.dropout, rng))
@@ -254,7 +255,7 @@ def _forward(
 ) -> Outputs:
     spec = config.spec()
     pin = Constrain(rules)
-    embedding = gathered(params["embed"]["embedding"], config, "vocab", pin)
+    embedding = params["embed"]["embedding"].astype(config.compute_dtype)
     encoder_rng, decoder_rng = (None, None) if rng is None or not config.dropout else jax.random.split(rng)
     if tokens.encoder is None and (cache is None or cache.segments is None):
         raise ValueError("Seq2Seq.encoder is None, and no cache holds what an encoder has read")

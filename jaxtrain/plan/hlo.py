@@ -220,6 +220,8 @@ class _Reader:
             yield from max((tuple(self.schedule(name)) for name in _branches(one)), key=_weight)
         elif MEGASCALE in one.attributes:
             yield from self.between_slices(body, one)
+        elif op in ("call-start", "call-update"):
+            yield from self.on_sparse_core(body, one)
         elif op.endswith(("-done", "-update")):
             yield from () if op.endswith("-update") else (Done(self.started(body, one)),)
         elif op == "async-start":
@@ -241,10 +243,24 @@ class _Reader:
 
     def started(self, body: Computation, done: Instruction) -> str:
         """The name of what a ``-done`` waits for, past ``async-update``."""
-        start = body.by_name[done.operands[0]]
-        while start.op.endswith("-update"):
+        return self.first(body, done).name
+
+    def first(self, body: Computation, later: Instruction) -> Instruction:
+        """The ``-start`` of a chain of ``-update`` and ``-done``."""
+        start = later
+        while start.op.endswith(("-update", "-done")):
             start = body.by_name[start.operands[0]]
-        return start.name
+        return start
+
+    def on_sparse_core(self, body: Computation, one: Instruction) -> Iterator[Item]:
+        """A collective (or a copy) that a TPU's sparse cores carry out beside its tensor cores: it begins where it is
+        handed its operands, at its ``call-start``, or at a ``call-update`` after one that only made ready."""
+        start = self.first(body, one)
+        if len(one.operands) <= (one is not start):
+            return
+        for item in self.schedule(start.called("to_apply")):
+            started = isinstance(item, Start)
+            yield dataclasses.replace(item, key=start.name, asynchronous=True) if started else item
 
     def collective(self, body: Computation, one: Instruction) -> Collective:
         kind = one.op.removesuffix("-start")

@@ -104,6 +104,7 @@ class Module:
 
 _INSTRUCTION = re.compile(r"^\s+(?P<root>ROOT )?%?(?P<name>[\w.-]+) = (?P<type>.*?) (?P<op>[a-z][\w-]*)\((?P<rest>.*)$")
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_TAIL = re.compile(r'^\}(, execution_thread="\w+")?\s*$')
 _HEAD = re.compile(r"^(?P<entry>ENTRY )?%?(?P<name>[\w.-]+) \(.*\{$")
 
 
@@ -117,7 +118,7 @@ def parse(text: str) -> Module:
         if head := _HEAD.match(line):
             name, lines, root = head["name"], [], ""
             entry = name if head["entry"] else entry
-        elif line.rstrip() == "}" and name:
+        elif _TAIL.match(line) and name:
             computations[name] = Computation(name, tuple(lines), root or (lines[-1].name if lines else ""))
             name = ""
         elif name and (found := _INSTRUCTION.match(line)):

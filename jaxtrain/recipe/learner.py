@@ -58,7 +58,7 @@ def make_learner(
         learning_rate=lambda done: optimizer.learning_rate(done, updates),
         balance=model.balance,
         shardings=jax.tree.map(lambda x: x.sharding, target),
-        gather=gather(model, mesh, stage.mesh),
+        gather=gather(model, mesh, stage.mesh, stage.accumulate),
         offload=Offload.of(target, model.axes) if optimizer.offload else None,
     )
     return Learner(model=model, tx=tx, target=target, jitted=jitted, mesh=mesh, rules=rules, offload=optimizer.offload)

@@ -12,6 +12,7 @@ import optax
 from jax.extend.core import get_opaque_trace_state
 from jax.sharding import Mesh
 
+from jaxtrain.train.compiler import compiler_options
 from jaxtrain.train.offload import Offload, update_where
 from jaxtrain.train.zero import Gather
 from jaxtrain.types import Apply, Array, Auxiliary, Loss, Objective, Sum, TrainState
@@ -105,6 +106,7 @@ def loss_and_grads(
         params = gather.params(params)
 
     def total(params, micro, rng):
+        params = params if gather is None else gather.at_use(params)
         loss = with_auxiliary(apply, objective, params, micro, rng)
         return loss.total, loss
 
@@ -208,7 +210,11 @@ def make_train_step(
             metrics["learning_rate"] = learning_rate(state.step - state.skipped)
         return new_state, metrics
 
-    jitted = jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
+    placed = {}
+    if shardings is not None:
+        options = compiler_options(jax.tree.leaves(shardings)[0].mesh)
+        placed = {"out_shardings": (shardings, None), "compiler_options": options}
+    jitted = jax.jit(step, donate_argnums=0, **placed)
     return jitted if mesh is None else in_mesh(jitted, mesh)
 
 
