@@ -44,7 +44,7 @@ def items_of(program: Program, mesh: Any) -> tuple[Item, ...]:
         once += layers.added() if program.accumulate > 1 else []
     items: list[Item] = [Loop(program.accumulate, tuple(once))] if program.accumulate > 1 else once
     if program.kind == "train":
-        if program.zero_data:
+        if program.zero_data and not layers.data_inside:
             items = [*layers.once("all-gather", layers.itemsize, "data"), *items]
         if program.zero < 3:
             items = [*layers.once("all-gather", layers.itemsize), *items]
@@ -82,6 +82,7 @@ class _Layers:
 
         self.rows = split("batch", "sequence")
         self.tensor = split("act_heads")
+        self.data_inside = program.data_in_layers(mesh)
         self.tokens = program.rows * program.length / program.accumulate / self.rows
         self.itemsize = jnp.dtype(config.compute_dtype).itemsize
         T = program.length
@@ -142,15 +143,19 @@ class _Layers:
 
     def gathers(self, key: str) -> tuple[list[Item], list[Item]]:
         """Starts and ends of what a layer's weights need, by the level of ZeRO."""
-        fsdp, zero = self.mesh.shape["fsdp"], self.program.zero
+        fsdp, data, zero = self.mesh.shape["fsdp"], self.mesh.shape["data"], self.program.zero
         kinds = {"all-gather": zero == 3, "reduce-scatter": zero >= 2 and key == "backward"}
         found: list[Item] = []
         ends: list[Item] = []
+        size = self.layer_params * self.itemsize
+        # Over data, if there at all, the part that fsdp leaves to each.
+        axes = {"fsdp": (fsdp, size), "data": (data if self.data_inside else 1, size / fsdp)}
         for kind, wanted in kinds.items():
-            if wanted and fsdp > 1:
-                one = Collective(kind, self.layer_params * self.itemsize, ("fsdp",), fsdp)
-                found.append(Start(f"{key} {kind}", one, True))
-                ends.append(Done(f"{key} {kind}"))
+            for axis, (members, size) in axes.items():
+                if wanted and members > 1:
+                    name = f"{key} {kind} {axis}"
+                    found.append(Start(name, Collective(kind, size, (axis,), members), True))
+                    ends.append(Done(name))
         return found, ends
 
     def once(self, kind: str, itemsize: int, axis: str = "fsdp") -> list[Item]:
@@ -230,7 +235,10 @@ class _Layers:
         split = self.program.zero_data and shape["data"] > 1
         copies = tuple(axis for axis in ("data", "context")[split:] if shape[axis] > 1)
         if split:
-            collective = Collective("reduce-scatter", own * shape["data"], ("data",), shape["data"])
+            left = own * shape["data"]
+            if self.data_inside:
+                left -= 4 * self.layer_params * self.count / shape["fsdp"]
+            collective = Collective("reduce-scatter", left, ("data",), shape["data"])
             found.append(Start("gradients", collective, False))
         if copies:
             members = math.prod(shape[axis] for axis in copies)

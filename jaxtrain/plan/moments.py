@@ -3,7 +3,8 @@
 Arguments (parameters, optimizer, batch) are there throughout, and so are copies of the layers' weights in the compute
 type.  Beside them lie
 
-    the embedding's lookup      the table, gathered, and once more as the lookup wants it
+    the embedding's lookup      a device's columns of the table, and what it has looked up for others and for itself;
+                                where the sequence is split the table, gathered, and once more as the lookup wants it
     the loss                    what the layers saved; what the final norm and the loss saved; as much for gradients
     a layer's backward pass     what the layers saved; all layers' gradients; what a layer computes again; its weights
                                 as gathered; the gradients of its widest activation and of its largest matrix
@@ -68,8 +69,11 @@ def moments(program: Program, mesh: Any, traces: Traces) -> list[Moment]:
     after = copies if several else 0
     gradients = sums + weights.gradients
     backward = again + layer.widest + weights.layer_gathered + weights.largest_gradient
+    # What others' rows and one's own take, before and after they are exchanged.
+    exchanged = 2 * _stream_bytes(program, mesh) if mesh.shape["fsdp"] > 1 and mesh.shape["context"] == 1 else 0
+    looked_up = 2 * table + exchanged
     found = [
-        Moment(name="the embedding's lookup", gradients=sums, working=copies + 2 * table),
+        Moment(name="the embedding's lookup", gradients=sums, working=copies + looked_up),
         Moment(
             name="the loss",
             saved=saved,
@@ -83,7 +87,9 @@ def moments(program: Program, mesh: Any, traces: Traces) -> list[Moment]:
             gradients=gradients,
             working=int(copies + kept_table + backward),
         ),
-        Moment(name="the embedding's gradient", gradients=gradients, working=after + kept_table + 2 * table),
+        Moment(
+            name="the embedding's gradient", gradients=gradients, working=after + kept_table + 2 * table + exchanged
+        ),
     ]
     if onload := _onload(program, layers):
         found.append(Moment(name="the update", gradients=weights.gradients, working=onload))
@@ -98,7 +104,7 @@ class Weights:
         gives them, of the head as its loss leaves them.  sums: of microbatches, float32.
     head_gradient: whole over ``data``, whose devices' are added at the end.
     layer_gathered: one layer's weights over ``fsdp``.  largest_gradient: of one of its matrices, before it is split.
-    table: the embedding, gathered, in the compute type.
+    table: of the embedding, what a lookup reads, in the compute type.
     """
 
     def __init__(self, program: Program, mesh: Any):
@@ -106,8 +112,9 @@ class Weights:
         stacks = config.spec().stacks
         size = jnp.dtype(config.compute_dtype).itemsize
         shape = mesh.shape
-        made_whole = (shape["fsdp"] if program.zero < 3 else 1) * (shape["data"] if program.zero_data else 1)
         over_data = shape["data"] if program.zero_data else 1
+        in_layers = program.data_in_layers(mesh)
+        made_whole = (shape["fsdp"] if program.zero < 3 else 1) * (1 if in_layers else over_data)
         self.copies = self.gradients = self.sums = self.table = self.head_gradient = 0
         gathered: dict[str, int] = {}
         largest = 0
@@ -122,14 +129,15 @@ class Weights:
                 whole = own * made_whole if dtype else own
                 if whole > own or used_in != leaf.dtype.itemsize:
                     self.copies += whole * used_in
-                is_copy = made_whole > 1 and dtype
+                is_copy = (made_whole > 1 or in_layers) and dtype
                 kept = whole if program.zero == 1 else own
                 self.gradients += kept * used_in if is_copy else own * leaf.dtype.itemsize
                 each = leaf.size * used_in // leaf.shape[0] // _ways(leaf, mesh, "tensor", "expert", "stage")
                 gathered[name] = gathered.get(name, 0) + each
                 largest = max(largest, each)
             elif name == "embed":
-                self.table = max(self.table, leaf.size * size // _ways(leaf, mesh, "tensor"))
+                ways = _ways(leaf, mesh, "tensor") * (1 if shape["context"] > 1 else shape["fsdp"])
+                self.table = max(self.table, leaf.size * size // ways)
                 self.gradients += own * leaf.dtype.itemsize
             else:
                 self.gradients += own * leaf.dtype.itemsize * over_data

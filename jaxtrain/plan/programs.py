@@ -31,6 +31,7 @@ from jaxtrain.rl.rewards import scores_at
 from jaxtrain.rl.rollout import score_rows
 from jaxtrain.sharding import AXES, batch_sharding, ways
 from jaxtrain.train.state import abstract_params
+from jaxtrain.train.zero import data_in_layers
 from jaxtrain.types import Pairs, Rollout, Tokens
 
 # device_kind, as the compiler calls the chips that it knows.
@@ -76,6 +77,10 @@ class Program:
         if self.learner:
             return self.learner.target.params
         return self.held or next(x for x in self.args if isinstance(x, dict))
+
+    def data_in_layers(self, mesh: Any) -> bool:
+        """See ``train.zero``."""
+        return data_in_layers(self.zero, self.zero_data, mesh, self.accumulate)
 
     def split(self, mesh: Any, *names: str) -> int:
         """Over how many devices dimensions of these logical names are split, together."""

@@ -35,5 +35,7 @@ def compiler_options(mesh: Mesh | AbstractMesh) -> dict[str, str] | None:
     if isinstance(mesh, AbstractMesh) or mesh.size == 1:
         return None
     said = {word.lstrip("-").split("=")[0] for word in os.environ.get("LIBTPU_INIT_ARGS", "").split()}
-    found = {name: value for name, value in OPTIONS.get(mesh.devices.flat[0].device_kind, {}).items() if name not in said}
+    found = {
+        name: value for name, value in OPTIONS.get(mesh.devices.flat[0].device_kind, {}).items() if name not in said
+    }
     return found or None

@@ -83,14 +83,14 @@ def gather(model: Model, mesh: Mesh, config: MeshConfig, accumulate: int = 1) ->
     split = param_shardings(model.axes, model.shapes(), mesh, state_rules(model.rules, config))
     whole = jax.tree.map(lambda sharding: _without(axes, sharding), split)
     in_layers = None
-    if data_in_layers(config, mesh, accumulate):
+    if data_in_layers(config.zero, config.zero_data, mesh, accumulate):
         in_layers = jax.tree.map(_of_layer, model.axes, whole, is_leaf=is_names)
     return Gather(level=config.zero, dtypes=model.dtypes, split=split, whole=whole, in_layers=in_layers)
 
 
-def data_in_layers(config: MeshConfig, mesh: Mesh, accumulate: int) -> bool:
-    """Whether parameters are gathered over ``data`` where layers are computed, or else once a step."""
-    return config.zero_data and config.zero == 3 and accumulate == 1 and mesh.shape["stage"] == 1
+def data_in_layers(zero: int, zero_data: bool, mesh: Mesh, accumulate: int) -> bool:
+    """Whether parameters are gathered over ``data`` where layers are computed."""
+    return zero_data and zero == 3 and accumulate == 1 and mesh.shape["stage"] == 1
 
 
 def _of_layer(names: tuple[str, ...], sharding: NamedSharding) -> NamedSharding | None:

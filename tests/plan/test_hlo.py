@@ -229,6 +229,50 @@ def test_the_tpu_compilers_own_forms():
     assert gather.wire_bytes == 2 * 16 * 16 * 3 / 4
 
 
+SPARSE_CORES = """HloModule step, is_scheduled=true, num_partitions=8
+
+%gathered (p.1: bf16[4,16]) -> bf16[16,16] {
+  %p.1 = bf16[4,16]{1,0} parameter(0)
+  ROOT %all-gather.1 = bf16[16,16]{1,0} all-gather(%p.1), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+}, execution_thread="sparsecore"
+
+%scattered (p.2: f32[16,16]) -> f32[4,16] {
+  %p.2 = f32[16,16]{1,0} parameter(0)
+  ROOT %reduce-scatter.1 = f32[4,16]{1,0} reduce-scatter(%p.2), replica_groups=[2,4]<=[4,2]T(1,0), dimensions={0}
+}, execution_thread="sparsecore"
+
+%copied (p.3: f32[16,16]) -> f32[16,16] {
+  %p.3 = f32[16,16]{1,0} parameter(0)
+  ROOT %copy.1 = f32[16,16]{0,1} copy(%p.3)
+}, execution_thread="sparsecore"
+
+ENTRY %main (x: bf16[4,16], y: f32[16,16]) -> f32[4,16] {
+  %x = bf16[4,16]{1,0} parameter(0)
+  %y = f32[16,16]{1,0} parameter(1)
+  %ready = token[] after-all()
+  %gather-start = ((bf16[4,16], token[]), bf16[16,16]) call-start(%x, %ready), to_apply=%gathered
+  %sum-start = ((), (), (s32[1]{0:S(2)})) call-start(), to_apply=%scattered
+  %negated = f32[16,16]{1,0} negate(%y)
+  %gather-done = bf16[16,16]{1,0} call-done(%gather-start)
+  %sum-update = ((f32[16,16]{1,0}), f32[4,16]{1,0}) call-update(%sum-start, %negated)
+  %copy-start = ((f32[16,16]), f32[16,16]) call-start(%y), to_apply=%copied
+  %copy-done = f32[16,16]{0,1} call-done(%copy-start)
+  ROOT %sum-done = f32[4,16]{1,0} call-done(%sum-update)
+}
+"""
+
+
+def test_what_sparse_cores_do_meanwhile_begins_when_it_has_its_operands():
+    started, negated, gathered, scattering, copied, copy_done, scattered = walk(SPARSE_CORES, SIZES).items
+    assert started == Start("gather-start", Collective("all-gather", 2 * 16 * 16, ("fsdp",), 4), True)
+    assert gathered == Done("gather-start")
+    assert isinstance(negated, Work)
+    # Made ready before, it waits for what is to be summed.
+    assert scattering == Start("sum-start", Collective("reduce-scatter", 4 * 16 * 16, ("fsdp",), 4), True)
+    assert scattered == Done("sum-start")
+    assert (copied.name, copied.bytes, copy_done) == ("copy.1", 2 * 4 * 16 * 16, Done("copy-start"))
+
+
 def megascale(rendezvous=None):
     """What the compiler writes of a transfer between slices."""
     told = {"host_transfer_handler_name": "xla_megascale_runtime"}

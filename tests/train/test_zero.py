@@ -15,13 +15,15 @@ from jaxtrain.train.step import make_train_step
 from jaxtrain.train.zero import gather
 
 MESH = dict(fsdp=4, data=2)
-KINDS = {level: MeshConfig(**MESH, zero=level) for level in (1, 2, 3)}
-KINDS["data"] = MeshConfig(**MESH, zero_data=True)
+DATA = MeshConfig(**MESH, zero_data=True)
+# (mesh, microbatches): in microbatches, parameters are made whole over data once, else where layers are computed.
+KINDS = {level: (MeshConfig(**MESH, zero=level), 2) for level in (1, 2, 3)}
+KINDS |= {"data": (DATA, 2), "layers": (DATA, 1), "at once": (MeshConfig(**MESH), 1)}
 
 
 @pytest.fixture(scope="module")
 def trained(tools):
-    """kind -> (state after two updates in microbatches, metrics, the step's program)."""
+    """kind -> (state after two updates, metrics, the step's program)."""
     tx, objective = optax.adam(1e-2), tools.objectives["LM"]
     # Its parameters outweigh its activations.
     model = tools.model(d_model=64, d_ff=256, num_layers=4, num_heads=4, num_kv_heads=4, head_dim=4)
@@ -29,13 +31,12 @@ def trained(tools):
     # Two rows for each device.
     batch = jax.tree.map(lambda x: np.concatenate([x, x[::-1]]), batch)
 
-    def run(config):
+    def run(config, accumulate):
         mesh, rules = make_mesh(config), state_rules(model.rules, config)
         target = abstract_state(model, tx, mesh, rules)
         shardings = jax.tree.map(lambda x: x.sharding, target)
-        step = make_train_step(
-            model.apply, objective, tx, accumulate=2, shardings=shardings, gather=gather(model, mesh, config)
-        )
+        whole = gather(model, mesh, config, accumulate)
+        step = make_train_step(model.apply, objective, tx, accumulate=accumulate, shardings=shardings, gather=whole)
         with jax.set_mesh(mesh):
             state = init_state(model, tx, mesh, 0, rules=rules)
             compiled = step.lower(state, put_batch(batch, mesh)).compile()
@@ -44,14 +45,15 @@ def trained(tools):
         assert jax.tree.map(lambda x: x.sharding, state) == shardings
         return jax.device_get(state), jax.device_get(metrics), compiled
 
-    return {kind: run(config) for kind, config in KINDS.items()}
+    return {kind: run(*each) for kind, each in KINDS.items()}
 
 
-@pytest.mark.parametrize("kind", [1, 2, "data"])
+@pytest.mark.parametrize("kind", [1, 2, "data", "layers"])
 def test_every_level_makes_the_same_update(kind, trained, tools):
-    tools.assert_close(trained[kind][0].params, trained[3][0].params)
-    tools.assert_close(trained[kind][0].opt_state, trained[3][0].opt_state)
-    tools.assert_close(trained[kind][1], trained[3][1])
+    wanted = trained["at once" if kind == "layers" else 3]
+    tools.assert_close(trained[kind][0].params, wanted[0].params)
+    tools.assert_close(trained[kind][0].opt_state, wanted[0].opt_state)
+    tools.assert_close(trained[kind][1], wanted[1])
 
 
 def test_more_levels_hold_less(trained):
@@ -65,23 +67,31 @@ def test_more_levels_hold_less(trained):
     assert held[1] == held[2] == held[3]
     # Parameters and two moments, an eighth of each in place of a quarter; the batch and the norms stay as they are.
     assert held[3] - held["data"] == pytest.approx(3 * parameters / 8, rel=0.02)
+    assert held["layers"] == held["data"]
 
 
-def gathers_of_layers(text: str) -> dict[str, int]:
-    """How many all-gathers of layers' matrices stand inside and outside of the loop over layers, by the op's name."""
+def gathers_of_layers(text: str, outer: int = 1, sizes: str = "64,256|256,64") -> dict[str, int]:
+    """How many all-gathers of layers' matrices stand inside and outside of the loop over layers, by the op's name.
+
+    outer: how many loops there are around that one.  sizes: of what is gathered.
+    """
     found = {"inside": 0, "outside": 0}
     for line in text.splitlines():
         name = re.search(r'all-gather(?:-start)?\(.*op_name="([^"]*)"', line)
-        if name and re.search(r"f32\[(?:4,)?(?:64,256|256,64)\]", line.split(" = ")[1].split("all-gather")[0]):
-            # The loop over microbatches is the outer one.
-            found["inside" if name[1].count("while/body") > 1 else "outside"] += 1
+        if name and re.search(rf"f32\[(?:[14],)?(?:{sizes})\]", line.split(" = ")[1].split("all-gather")[0]):
+            found["inside" if name[1].count("while/body") > outer else "outside"] += 1
     return found
 
 
 def test_where_parameters_are_gathered(trained):
-    found = {level: gathers_of_layers(each[2].as_text()) for level, each in trained.items()}
+    found = {kind: gathers_of_layers(trained[kind][2].as_text()) for kind in (1, 2, 3, "data")}
     assert found[3]["inside"] >= 3 and found[3]["outside"] == 0
     assert found["data"]["inside"] >= 3
+    # Over data to a quarter, which fsdp makes whole.
+    text = trained["layers"][2].as_text()
+    for sizes in ("16,256|256,16", "64,256|256,64"):
+        inside = gathers_of_layers(text, 0, sizes)
+        assert inside["inside"] >= 3 and inside["outside"] == 0, inside
     for level in (1, 2):
         # Gate, up and down, once each.
         assert found[level] == {"inside": 0, "outside": 3}, found
