@@ -182,9 +182,10 @@ def test_a_state_split_over_data_too(parts):
         assert memory[1][part] == pytest.approx(memory[0][part] / 2, rel=0.02)
     # Gradients of copies in bfloat16.
     assert memory[1]["gradients"] < 0.5 * memory[0]["gradients"]
-    # The copy that a step computes with is whole over data.
-    copies = [moment(found["train"], mesh, "lookup").working for found in (plain, split)]
-    assert copies[0] == copies[1]
+    # So is the copy that a step computes with, which layers gather; for microbatches it is made whole over data.
+    several, _ = parts("lm", *both, "MeshConfig.zero_data = True", "Stage.accumulate = 2")
+    copies = [moments.Weights(found["train"], mesh).copies for found in (plain, split, several)]
+    assert copies[0] == 2 * copies[1] == copies[2] > 0
     over_data = [
         {item.collective.kind for item, _ in hlo.flat(items_of(found["train"], mesh)) if _axes(item) == ("data",)}
         for found in (plain, split)
