@@ -60,6 +60,8 @@ MARKERS = (
     "Sharding",
     "SPMDFullToShardShape",
     "SPMDShardToFullShape",
+    "PrepareAsyncCallStart",
+    "PrepareAsyncCallDone",
 )
 
 

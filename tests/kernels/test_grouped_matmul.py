@@ -47,6 +47,20 @@ def test_equals_a_loop_over_groups(case, backend):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("rows", [8, 64, 512])
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_gradients_of_matrices_by_blocks_of_a_given_size(case, rows):
+    """What TPUs take where their compiler has no kernel."""
+    x, _, sizes = make(*case)
+    y = jnp.asarray(np.random.default_rng(1).normal(size=(len(x), 7)), jnp.float32).at[int(sum(sizes)) :].set(np.nan)
+    owner = np.repeat(np.arange(len(sizes)), np.array(sizes))
+    expected = np.zeros((len(sizes), 5, 7))
+    for group, a, b in zip(owner, np.array(x), np.array(y), strict=False):
+        expected[group] += np.outer(a, b)
+    found = jax.jit(blocked.outer_product, static_argnames="rows")(x, y, sizes, rows=rows)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_the_reference_is_what_numpy_says():
     x, w, sizes = make((3, 0, 4), 2)
     owner = np.repeat(np.arange(3), np.array(sizes))

@@ -67,10 +67,14 @@ def product(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, *, transpose:
     return jnp.where(jnp.arange(M)[:, None] < jnp.sum(sizes_E), out, 0)
 
 
-def outer_product(x_MK: jax.Array, y_MN: jax.Array, sizes_E: jax.Array) -> jax.Array:
-    """Each group's ``x^T y`` over its rows, float32 ``[E, K, N]``: the gradient of the matrices."""
+def outer_product(x_MK: jax.Array, y_MN: jax.Array, sizes_E: jax.Array, *, rows: int | None = None) -> jax.Array:
+    """Each group's ``x^T y`` over its rows, float32 ``[E, K, N]``: the gradient of the matrices.
+
+    rows: of a block.  Where they are given, blocks that no group needs are visited too, so that the number of turns is
+        known beforehand.
+    """
     (M, K), N, E = x_MK.shape, y_MN.shape[1], sizes_E.shape[0]
-    size = block_rows(M, E)
+    size = rows or block_rows(M, E)
     blocks = cut(sizes_E, M, size)
     x_MK, y_MN = (jnp.pad(x, ((0, size), (0, 0))) for x in (x_MK, y_MN))
 
@@ -82,4 +86,5 @@ def outer_product(x_MK: jax.Array, y_MN: jax.Array, sizes_E: jax.Array) -> jax.A
         sum_KN = jax.lax.dot_general(x_RK, y_RN, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return out.at[group].add(sum_KN)
 
-    return jax.lax.fori_loop(0, blocks.count, body, vary_like(jnp.zeros((E, K, N), jnp.float32), x_MK))
+    count = len(blocks.group) if rows else blocks.count
+    return jax.lax.fori_loop(0, count, body, vary_like(jnp.zeros((E, K, N), jnp.float32), x_MK))
