@@ -11,7 +11,9 @@
 Same model, rows a chip, length, slice and full remat; nothing runs and no TPU is needed.  Both should have the same
 libtpu: the versions stand in every row.  jaxtrain takes its shipped recipes.  MaxText takes its defaults (``fsdp`` over
 all chips, float32 parameters and moments, bfloat16 products) with splash attention; "maxtext, flags" also what its own
-scripts for the chip set, see ``FLAGS``.  What was compiled stays in ``--folder`` and is not compiled again.
+scripts for the chip set, see ``FLAGS``; "maxtext, our options" what jaxtrain's train step tells the compiler of this
+chip (``jaxtrain.train.compiler``: to let sparse cores carry collectives).  What was compiled stays in ``--folder`` and
+is not compiled again.
 
 Counted alike: HBM a chip is arguments + temporaries + outputs - what outputs take over.  Attention kernels are custom
 calls, which the compiler counts as nothing: their products are counted by hand from their names (``PRODUCTS``), and
@@ -80,7 +82,7 @@ FLAGS: dict[str, tuple[str, tuple[str, ...]]] = {
         ("sa_block_q=1024", "sa_block_q_dkv=2048", "sa_block_q_dq=2048"),
     ),
 }
-SYSTEMS = ("jaxtrain", "maxtext", "maxtext, flags")
+SYSTEMS = ("jaxtrain", "maxtext", "maxtext, flags", "maxtext, our options")
 
 # Products of two matrices for each tile of scores, by the kernel's name, first match: our kernels (kernels/attention)
 # and splash attention's.  Forward: scores and their sum of values.  dq: scores, their gradient and that of queries.
@@ -112,11 +114,22 @@ def compile_jaxtrain(case: Case, folder: Path) -> None:
     write(folder, compiled, mesh, seconds, ("jax", "libtpu"))
 
 
-def compile_maxtext(case: Case, folder: Path, python: str, *, flags: bool) -> None:
+def maxtext_flags(system: str, chip: str) -> tuple[str, tuple[str, ...]]:
+    """(LIBTPU_INIT_ARGS, settings) of one of ``SYSTEMS``."""
+    from jaxtrain.plan.programs import KINDS
+    from jaxtrain.train.compiler import OPTIONS
+
+    if system == "maxtext, flags":
+        return FLAGS[chip]
+    ours = OPTIONS.get(KINDS[chip], {}) if system == "maxtext, our options" else {}
+    return " ".join(f"--{name}={value}" for name, value in ours.items()), ()
+
+
+def compile_maxtext(case: Case, folder: Path, python: str, system: str) -> None:
     """Runs MaxText's ``train_compile`` with the interpreter of its environment."""
     from jaxtrain.plan.compile import ENVIRONMENT
 
-    arguments, settings = FLAGS[case.topology.split(":")[0]] if flags else ("", ())
+    arguments, settings = maxtext_flags(system, case.topology.split(":")[0])
     # DECOUPLE_GCLOUD: MaxText without Google Cloud's libraries.
     environment = {**os.environ, **ENVIRONMENT, "DECOUPLE_GCLOUD": "TRUE", "LIBTPU_INIT_ARGS": arguments}
     environment.pop("PYTHONPATH", None)
@@ -275,7 +288,7 @@ def main() -> None:
                         parser.error(
                             f"{name} is not in {args.folder} yet for {system}: name its interpreter, --maxtext"
                         )
-                    compile_maxtext(CASES[name], folder, args.maxtext, flags=system == "maxtext, flags")
+                    compile_maxtext(CASES[name], folder, args.maxtext, system)
                 elif args.case == [name] and args.system == [system]:
                     compile_jaxtrain(CASES[name], folder)
                 else:  # in a process of its own, so that its CPU seconds and memory are of this program alone

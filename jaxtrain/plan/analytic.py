@@ -12,6 +12,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.kernels.attention.tpu import group_parts
+from jaxtrain.kernels.target import target
 from jaxtrain.models.attention import AttentionSpec
 from jaxtrain.models.flops import forward_flops_per_token, part_flops_per_token, seen_keys
 from jaxtrain.models.layers import MLPSpec
@@ -27,8 +29,9 @@ from jaxtrain.types import path_name
 # the walked step of Llama-3-8B on v5e (8,192 tokens a chip, full remat: 7.4 forward, 37.8 backward, recomputation
 # included).
 FORWARD_PASSES, BACKWARD_PASSES = 7.4, 37.8
-# Flash attention's backward pass is five products of matrices to the forward's two (2205.14135).
-ATTENTION_BACKWARD = 2.5
+# Flash attention's backward pass is five products of matrices to the forward's two (2205.14135), or seven in two
+# kernels.
+ATTENTION_BACKWARD, IN_TWO_KERNELS = 2.5, 3.5
 # Adam reads and writes parameter and two moments, and reads the gradient.
 OPTIMIZER_PASSES = 7
 
@@ -61,7 +64,7 @@ def executed_flops(program: Program, mesh: Any) -> tuple[float, float]:
     if program.kind != "train":
         return times * (idle * layers.products + layers.head), times * idle * layers.kernels
     products = idle * (layers.products * 3 + layers.again) + layers.head * layers.head_times
-    return times * products, times * idle * layers.kernels * (1 + layers.kernels_again + ATTENTION_BACKWARD)
+    return times * products, times * idle * layers.kernels * (1 + layers.kernels_again + layers.kernels_back)
 
 
 class _Layers:
@@ -99,6 +102,7 @@ class _Layers:
         named = sum(_named_products(layer, config.d_model, kept) for layer in spec.layers())
         self.again = {"none": 0.0, "dots": 0.0}.get(config.remat, self.products - (down + named) * share)
         self.kernels_again = 0 if config.remat == "none" or "attention" in kept else 1
+        self.kernels_back = self._kernels_back()
         self.head_times = 4 if in_parts(program, mesh) else 3
         self.params = params = program.params
         stacked = [
@@ -117,6 +121,20 @@ class _Layers:
                 round(each * self.pipe.rounds * self.pipe.microbatches),
             )
         self.stream = self.tokens * config.d_model * self.itemsize * self.count / self.busy
+
+    def _kernels_back(self) -> float:
+        """The backward kernel's FLOPs over the forward one's."""
+        with jax.sharding.use_abstract_mesh(self.mesh):
+            if target()[0] != "tpu":
+                return ATTENTION_BACKWARD
+            length = self.program.length // self.program.split(self.mesh, "sequence")
+            specs = {layer.attention for layer in self.config.spec().layers()}
+            fits = [
+                group_parts(spec.num_heads // spec.num_kv_heads, length, spec.head_dim)
+                for spec in specs
+                if isinstance(spec, AttentionSpec)
+            ]
+            return IN_TWO_KERNELS if None in fits else ATTENTION_BACKWARD
 
     def _pipeline(self, spec: Any) -> Pipeline | None:
         if self.mesh.shape["stage"] == 1 or self.program.kind == "decode":
@@ -215,7 +233,7 @@ class _Layers:
             *starts,
             Work("products", (2 * self.products + self.again) / L),
             *ring,
-            Work("attention", self.kernels / L * (again + ATTENTION_BACKWARD), kernel=True),
+            Work("attention", self.kernels / L * (again + self.kernels_back), kernel=True),
             *rung,
             Work("other", bytes=BACKWARD_PASSES * self.stream),
             *self.sums(2 + (2 if self.again else 0)),

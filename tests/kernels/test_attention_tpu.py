@@ -252,6 +252,21 @@ def test_value_and_gradient_equal_the_reference(program, prepare):
         check_blind(found, marks)
 
 
+def test_a_group_of_heads_whose_gradient_does_not_fit_is_taken_in_parts(prepare, monkeypatch):
+    program = Program(heads=(2, 4))
+    prepare(program)
+    T, H = program.lengths[0], program.H
+    two_heads = dataclasses.replace(tpu.chip(), fused=2 * H * (T + 128) * 4)
+    monkeypatch.setattr(tpu, "chip", lambda: two_heads)
+    assert [tpu.group_parts(group, T, H) for group in (1, 2, 3, 4, 8)] == [1, 1, 3, 2, 4]
+    assert tpu.group_parts(8, 4 * T, H) is None
+    arrays = arrays_of(program)
+    mine, theirs = (compiled(attend, program.spec(MASKS[program.masks][0])) for attend in (by_kernels, by_reference))
+    for mask, rows in kinds(program):
+        marks = marks_of(program, mask, rows)
+        check(mine(*arrays, marks), theirs(*arrays, marks), f"{mask}, {rows}")
+
+
 @jax.custom_vjp
 def _rounded(logits):
     return logits

@@ -84,12 +84,28 @@ def forward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks) -> tuple[jax.Array
 
 
 def backward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, lse_BNT, delta_BNT, d_out_BNTV):
-    """See ``flash``: one kernel where a group's dq fits into VMEM, and else two."""
-    args = (q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV)
-    _, N, T, H = q_BNTH.shape
-    if N // k_BKSH.shape[1] * H * (T + LANES) * 4 <= chip().fused:
-        return _dkv(spec, *args, fused=True)
-    return (_dq(spec, *args), *_dkv(spec, *args, fused=False))
+    """See ``flash``: one kernel where the dq of a group of heads, or of a part of one, fits into VMEM, and else two,
+    which compute seven products for five."""
+    rest = (marks, lse_BNT, delta_BNT, d_out_BNTV)
+    (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
+    parts = group_parts(N // K, T, H)
+    if parts is None:
+        args = (q_BNTH, k_BKSH, v_BKSV, *rest)
+        return (_dq(spec, *args), *_dkv(spec, *args, fused=False))
+    # Each part of a group with keys and values of its own.
+    k, v = (jnp.repeat(x, parts, axis=1) if parts > 1 else x for x in (k_BKSH, v_BKSV))
+    dq, *grads = _dkv(spec, q_BNTH, k, v, *rest, fused=True)
+    if parts > 1:
+        apart = (x.astype(jnp.float32).reshape(B, K, parts, *x.shape[2:]) for x in grads)
+        grads = [jnp.sum(x, axis=2).astype(k_BKSH.dtype) for x in apart]
+    return dq, *grads
+
+
+def group_parts(group: int, T: int, H: int) -> int | None:
+    """In how many parts the backward kernel takes a group of query heads, so that dq ``[heads, H, T]`` stays in VMEM;
+    None where not even one head's does."""
+    room = chip().fused // (H * (T + LANES) * 4)
+    return next((parts for parts in range(1, group + 1) if group % parts == 0 and group // parts <= room), None)
 
 
 def _dq(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV) -> jax.Array:
