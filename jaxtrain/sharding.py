@@ -33,7 +33,7 @@ class MeshConfig:
 
     zero: what stays split over ``fsdp`` while a step runs, after ZeRO (1910.02054): 1 the optimizer's state, 2
     gradients too, 3 parameters too.  It changes neither results nor checkpoints, only memory and what is sent: see
-    ``train.zero``.  zero_data: the state is split over ``data`` too, and made whole over it once a step.
+    ``train.zero``.  zero_data: the state is split over ``data`` too.
     """
 
     data: int = 1
