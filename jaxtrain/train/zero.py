@@ -11,7 +11,8 @@ With ``MeshConfig.zero_data`` the state is split over ``data`` as well.  A step 
 where the layer is computed, in two steps, ``data`` and then ``fsdp``: over all devices at once some compilers make an
 all-reduce of an all-gather.  Gradients come back the same way, so that no device holds or sends more of them than its
 rows' part.  Where a layer is computed several times in a step (levels 1 and 2, whose copies stay whole; microbatches;
-a pipeline), parameters are made whole over ``data`` once, as level 2 does over ``fsdp``.
+a pipeline), and where ``data`` joins slices over a slow network, parameters are made whole over it once, as level 2
+does over ``fsdp``.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jaxtrain.models import Model
 from jaxtrain.models.functional import AtUse
-from jaxtrain.sharding import MeshConfig, is_names, param_shardings, state_rules
+from jaxtrain.sharding import MeshConfig, is_names, param_shardings, slices_of, state_rules
 from jaxtrain.types import Params
 
 
@@ -90,7 +91,9 @@ def gather(model: Model, mesh: Mesh, config: MeshConfig, accumulate: int = 1) ->
 
 def data_in_layers(zero: int, zero_data: bool, mesh: Mesh, accumulate: int) -> bool:
     """Whether parameters are gathered over ``data`` where layers are computed."""
-    return zero_data and zero == 3 and accumulate == 1 and mesh.shape["stage"] == 1
+    # An abstract mesh does not say whether its data axis joins slices; nothing runs on one.
+    slow = isinstance(mesh, Mesh) and slices_of(mesh.devices.flat) > 1
+    return zero_data and zero == 3 and accumulate == 1 and mesh.shape["stage"] == 1 and not slow
 
 
 def _of_layer(names: tuple[str, ...], sharding: NamedSharding) -> NamedSharding | None:
