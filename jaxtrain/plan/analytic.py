@@ -124,7 +124,7 @@ class _Layers:
 
     def _kernels_back(self) -> float:
         """The backward kernel's FLOPs over the forward one's."""
-        with jax.sharding.use_abstract_mesh(self.mesh):
+        with jax.sharding.use_abstract_mesh(self.mesh.abstract_mesh):
             if target()[0] != "tpu":
                 return ATTENTION_BACKWARD
             length = self.program.length // self.program.split(self.mesh, "sequence")
