@@ -4,7 +4,9 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8".strip()
+    # On a busy machine a device may come later than the 40 s after which XLA aborts the process.
+    devices = "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {devices}".strip()
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")  # tests read XLA's warnings
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 

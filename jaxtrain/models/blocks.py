@@ -195,13 +195,6 @@ def run_blocks(config: Any, block: Any, params: Any, x: Array, *, rng: Array | N
     )[0]
 
 
-def rows_of(x_BTD: Array) -> Array:
-    """``[B * T, D]``, which XLA's CPU backend differentiates faster (see ``decoder``); ``[B, T, D]`` as it is where the
-    sequence is split over devices."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x_BTD.reshape(-1, x_BTD.shape[-1]) if mesh.empty or mesh.shape["context"] == 1 else x_BTD
-
-
 def check_config(config: Any, sizes: tuple[str, ...], heads: tuple[str, ...]) -> None:
     """What every config of an encoder or an encoder-decoder must satisfy; raises ValueError naming the field."""
     for name in sizes:

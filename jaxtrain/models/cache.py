@@ -63,12 +63,12 @@ def write(old: Array, new: Array, positions: Array, segments: Array) -> Array:
     valid = segments > 0
     last = jnp.max(jnp.where(valid, positions, -1), axis=1, keepdims=True)
     slot_BT = jnp.where(valid & (positions > last - slots), positions % slots, slots)  # past the end: dropped
-    if new.shape[2] == 1 == B:
-        # One row at a time for each head: XLA's CPU backend makes of a scatter to a single place an update of a slice,
-        # and copies the whole cache for it four times a step.
-        heads_K = jnp.arange(old.shape[1])
-        places = (heads_K, jnp.broadcast_to(slot_BT[0], heads_K.shape))
-        return old[0].at[places].set(new[0, :, 0].astype(old.dtype), mode="drop")[None]
+    if new.shape[2] == 1:
+        # One place for each row and head, of the array's last dimension alone.  XLA's TPU compiler wants a cache whose
+        # places hold several heads in another order than attention reads it, and copies it whole in every step; its CPU
+        # compiler makes of a scatter to a single place an update of a slice, and copies the cache four times.
+        places = (jnp.arange(B)[:, None], jnp.arange(old.shape[1]), slot_BT)
+        return old.at[places].set(new[:, :, 0].astype(old.dtype), mode="drop")
     rows_B1 = jnp.arange(B)[:, None]
     # Advanced indices on both sides of a slice come first: [B, T, *, *].
     return old.at[rows_B1, :, slot_BT].set(jnp.swapaxes(new, 1, 2).astype(old.dtype), mode="drop")

@@ -21,7 +21,7 @@ from jaxtrain.models.cache import Cache
 from jaxtrain.models.decoder_config import DecoderConfig, LayerSpec, remat_policy
 from jaxtrain.models.functional import Functional, Model, functionalize, param, stack
 from jaxtrain.models.heads import LazyLogits, ScalarHead, lazy_logits
-from jaxtrain.models.layers import ROWS, dropout, into_stream, normal, out_of_stream, stream
+from jaxtrain.models.layers import ROWS, dropout, into_stream, normal, out_of_stream, rows_of, stream
 from jaxtrain.models.lookup import lookup
 from jaxtrain.models.moe import MoESpec
 from jaxtrain.models.mtp import MTP, look_ahead
@@ -178,12 +178,7 @@ def _forward(
     x = embed(tokens.ids)
     if spec.learned_positions:
         x = x + lookup(params["position_embed"]["embedding"].astype(config.compute_dtype), positions, "positions", pin)
-    # One dimension of rows rather than two: XLA's CPU backend takes the gradients of products of matrices in half the
-    # time of those with several free dimensions (a SwiGLU of 256 x 688 over 2,048 tokens: 37 ms against 82), and no
-    # other minds.  A sequence split over devices keeps its own dimension: merged, the two could not both be split.
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.shape["context"] == 1:
-        x = x.reshape(-1, config.d_model)
+    x = rows_of(x)
     x = pin(x, (*ROWS[x.ndim], "act_embed"))
     if rng is not None:
         rng, embed_rng = jax.random.split(rng)

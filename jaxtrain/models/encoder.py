@@ -16,11 +16,11 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxtrain.models.attention import AttentionSpec
-from jaxtrain.models.blocks import Block, BlockSpec, check_config, check_rows, place, rows_of, run_blocks
+from jaxtrain.models.blocks import Block, BlockSpec, check_config, check_rows, place, run_blocks
 from jaxtrain.models.encoder_heads import Discriminator, Labels, MLMHead, Pooler, Table
 from jaxtrain.models.functional import Functional, Model, functionalize, stack
 from jaxtrain.models.heads import lazy_logits
-from jaxtrain.models.layers import ACTIVATIONS, ROWS, Linear, MLPSpec, NormSpec, dropout
+from jaxtrain.models.layers import ACTIVATIONS, ROWS, Linear, MLPSpec, NormSpec, dropout, rows_of
 from jaxtrain.models.lookup import lookup
 from jaxtrain.sharding import DEFAULT_RULES, Constrain, ShardingRules
 from jaxtrain.types import Array, Outputs, Params, Tokens

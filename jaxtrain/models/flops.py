@@ -21,8 +21,13 @@ def forward_flops_per_token(config: DecoderConfig, seq_len: int) -> float:
         part_flops_per_token(layer.attention, D, seq_len) + part_flops_per_token(layer.mlp, D, seq_len)
         for layer in config.spec().layers()
     )
-    heads = sum({"lm": 2 * D * config.vocab_size, "reward": 2 * D, "value": 2 * D}[head] for head in config.heads)
-    return layers + heads
+    return layers + head_flops_per_token(config)
+
+
+def head_flops_per_token(config: DecoderConfig) -> float:
+    """The share of a model's heads in ``forward_flops_per_token``."""
+    D = config.d_model
+    return sum({"lm": 2 * D * config.vocab_size, "reward": 2 * D, "value": 2 * D}[head] for head in config.heads)
 
 
 def train_flops_per_token(config: DecoderConfig, seq_len: int) -> float:

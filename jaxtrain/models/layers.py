@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxtrain.kernels.target import target
 from jaxtrain.models import quantize
 from jaxtrain.models.functional import param
 from jaxtrain.models.int8 import Int8
@@ -49,6 +50,19 @@ class NormSpec:
         if self.kind == "layer":
             return LayerNorm(size, eps=self.eps, dtype=dtype)
         return RMSNorm(size, eps=self.eps, dtype=dtype, plus_one=self.plus_one)
+
+
+def rows_of(x_BTD: Array) -> Array:
+    """What layers compute with: ``[B * T, D]`` on a CPU, ``[B, T, D]`` elsewhere.
+
+    XLA's CPU backend takes the gradients of products of matrices with one dimension of rows in half the time of those
+    with two (a SwiGLU of 256 x 688 over 2,048 tokens: 37 ms against 82).  The TPU's compiler lays out what attention
+    reads row by row, and copies what was merged.  A sequence split over devices keeps its own dimension in any case:
+    merged, the two could not both be split.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    merged = target()[0] == "cpu" and (mesh.empty or mesh.shape["context"] == 1)
+    return x_BTD.reshape(-1, x_BTD.shape[-1]) if merged else x_BTD
 
 
 def stream(x: Array, constrain: Constrain) -> Array:

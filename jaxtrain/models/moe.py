@@ -187,6 +187,12 @@ class Layout(NamedTuple):
         return (*(axis for axis in self.experts if axis not in self.tokens), *self.mlp)
 
 
+def exchanged(rules: ShardingRules, mesh: Any) -> int:
+    """Among how many devices tokens go to each other's experts.  Each has room for all that all of them may send it;
+    where experts are chosen evenly, it gets one part of so many."""
+    return math.prod(mesh.shape[axis] for axis in Layout.of(rules).exchanged)
+
+
 def sparse(
     spec: MoESpec,
     x: Array,

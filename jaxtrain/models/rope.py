@@ -166,5 +166,6 @@ def apply_rope(x_BTNH: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
     half = cos.shape[-1]
     first, second, rest = jnp.split(x_BTNH, (half, 2 * half), axis=-1)
     first, second = first.astype(jnp.float32), second.astype(jnp.float32)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BTNH.dtype)
-    return jnp.concatenate([turned, rest], axis=-1) if rest.shape[-1] else turned
+    # Each half is cast by itself: the gradient of a cast of both would be all of it in float32, in memory.
+    turned = [half.astype(x_BTNH.dtype) for half in (first * cos - second * sin, second * cos + first * sin)]
+    return jnp.concatenate([*turned, rest] if rest.shape[-1] else turned, axis=-1)

@@ -20,13 +20,12 @@ from jaxtrain.models.blocks import (
     check_config,
     check_rows,
     place,
-    rows_of,
     run_blocks,
 )
 from jaxtrain.models.encoder_heads import Bias, Matrix, Table
 from jaxtrain.models.functional import Functional, Model, functionalize, stack
 from jaxtrain.models.heads import lazy_logits
-from jaxtrain.models.layers import ACTIVATIONS, ROWS, MLPSpec, NormSpec, dropout
+from jaxtrain.models.layers import ACTIVATIONS, ROWS, MLPSpec, NormSpec, dropout, rows_of
 from jaxtrain.models.lookup import lookup
 from jaxtrain.models.relative import Relative
 from jaxtrain.models.seq2seq_cache import Seq2SeqCache

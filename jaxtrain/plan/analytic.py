@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtrain.kernels.attention.tpu import group_parts
 from jaxtrain.kernels.target import target
 from jaxtrain.models.attention import AttentionSpec
-from jaxtrain.models.flops import forward_flops_per_token, part_flops_per_token, seen_keys
+from jaxtrain.models.flops import forward_flops_per_token, head_flops_per_token, seen_keys
 from jaxtrain.models.layers import MLPSpec
 from jaxtrain.models.pipeline import Pipeline
 from jaxtrain.plan.hlo import Collective, Done, Item, Loop, Start, Work
@@ -59,6 +59,8 @@ def items_of(program: Program, mesh: Any) -> tuple[Item, ...]:
 
 def executed_flops(program: Program, mesh: Any) -> tuple[float, float]:
     """(of matrix products, of attention kernels) on one device in one call, with what remat computes again."""
+    if program.kind == "decode":
+        return _decode_flops(program, mesh)
     layers = _Layers(program, mesh)
     times, idle = program.accumulate, layers.turns / layers.busy
     if program.kind != "train":
@@ -90,11 +92,11 @@ class _Layers:
         self.itemsize = jnp.dtype(config.compute_dtype).itemsize
         T = program.length
         attention = sum(_attention(layer.attention, T) for layer in spec.layers())
-        heads = forward_flops_per_token(config, T) - sum(_layer(layer, config.d_model, T) for layer in spec.layers())
+        heads = head_flops_per_token(config)
         whole = forward_flops_per_token(config, T)
         share = self.tokens / self.tensor
         self.kernels = attention * share
-        self.head = heads * share
+        self.head = heads * share / (T if program.kind == "prefill" else 1)
         self.products = (whole - attention - heads) * share
         down = sum(2 * layer.mlp.d_ff * config.d_model for layer in spec.layers() if isinstance(layer.mlp, MLPSpec))
         # The last product of a layer is not needed for its gradient, so remat leaves it out; "dots" keeps products.
@@ -130,7 +132,7 @@ class _Layers:
             length = self.program.length // self.program.split(self.mesh, "sequence")
             specs = {layer.attention for layer in self.config.spec().layers()}
             fits = [
-                group_parts(spec.num_heads // spec.num_kv_heads, length, spec.head_dim)
+                group_parts(spec.num_heads // spec.num_kv_heads, length, spec.head_dim, self.itemsize)
                 for spec in specs
                 if isinstance(spec, AttentionSpec)
             ]
@@ -285,8 +287,18 @@ def _attention(spec: Any, length: int) -> float:
     return spec.flops_per_token(D, length) - spec.flops_per_token(D, 1)
 
 
-def _layer(layer: Any, d_model: int, length: int) -> float:
-    return sum(part_flops_per_token(part, d_model, length) for part in (layer.attention, layer.mlp))
+def _decode_flops(program: Program, mesh: Any) -> tuple[float, float]:
+    """See ``executed_flops``: of whole rows, less of their prompts."""
+    config, length = program.model.config, program.length
+    layers = config.spec().layers()
+
+    def row(length: int) -> tuple[float, float]:
+        attention = sum(_attention(layer.attention, length) for layer in layers)
+        return length * (forward_flops_per_token(config, length) - attention), length * attention
+
+    rows = program.rows / program.split(mesh, "batch", "act_heads")
+    whole, prompt = row(length), row(max(1, length - program.new_tokens))
+    return rows * (whole[0] - prompt[0]), rows * (whole[1] - prompt[1])
 
 
 def _decode_step(program: Program, mesh: Any) -> Item:
@@ -298,8 +310,7 @@ def _decode_step(program: Program, mesh: Any) -> Item:
     fsdp = mesh.shape["fsdp"]
     prompt = program.length - program.new_tokens
     filled = (prompt + program.new_tokens / 2) / program.length
-    split = program.split(mesh, "batch", "act_heads")
-    flops = forward_flops_per_token(config, program.length) * program.rows / split
+    flops = sum(_decode_flops(program, mesh)) / program.new_tokens
     weights = params * itemsize * fsdp
     found: list[Item] = []
     if fsdp > 1:

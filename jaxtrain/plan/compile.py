@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain.models.moe import exchanged
 from jaxtrain.plan import hlo
 from jaxtrain.plan.chips import GIB, Slice
 from jaxtrain.plan.programs import Program, mesh_sizes
@@ -97,7 +98,11 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> Compiled:
         fits=True,
         seconds=time.perf_counter() - began,
         program=hlo.walk(
-            compiled.as_text(), dict(mesh.shape), program.new_tokens or None, slices_of(mesh.devices.flat)
+            compiled.as_text(),
+            dict(mesh.shape),
+            program.new_tokens or None,
+            slices_of(mesh.devices.flat),
+            routed=1 / exchanged(program.model.rules, mesh),
         ),
         arguments=arguments,
         temporaries=temporaries,

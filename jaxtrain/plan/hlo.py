@@ -178,20 +178,29 @@ def flat(items: tuple[Item, ...], times: int = 1) -> Iterator[tuple[Work | Start
             yield item, times
 
 
-def walk(text: str, mesh: dict[str, int] | None = None, turns: int | None = None, slices: int = 1) -> Program:
+def walk(
+    text: str,
+    mesh: dict[str, int] | None = None,
+    turns: int | None = None,
+    slices: int = 1,
+    routed: float = 1.0,
+) -> Program:
     """Reads ``compiled.as_text()``.
 
     mesh: sizes by axis, in the order of the mesh that the program was compiled for; without it collectives name none.
     turns: of loops that end by what they compute, as sampling does.  slices: whose networks the mesh joins.
+    routed: which part of the rows that a mixture's kernels have room for they find there; they declare all.
     """
-    reader = _Reader(parse(text), mesh, turns, slices)
+    reader = _Reader(parse(text), mesh, turns, slices, routed)
     items = tuple(reader.schedule(reader.module.entry))
     return Program(items, tuple(reader.unknown), tuple(reader.unpriced))
 
 
 class _Reader:
-    def __init__(self, module: Module, mesh: dict[str, int] | None, turns: int | None, slices: int):
-        self.module, self.mesh, self.turns = module, mesh or {}, turns
+    def __init__(
+        self, module: Module, mesh: dict[str, int] | None, turns: int | None, slices: int, routed: float = 1.0
+    ):
+        self.module, self.mesh, self.turns, self.routed = module, mesh or {}, turns, routed
         self.slices, self.between = slices, tuple(slice_axes(self.mesh, slices)) if slices > 1 else ()
         self.traffic = Traffic(module)
         self.unknown: list[str] = []
@@ -212,7 +221,8 @@ class _Reader:
             return
         if op == "while":
             turns = turns_of(self.module, body, one)
-            turns = self.turns if turns is None else turns
+            if turns is None:
+                turns = self.turns_by_name(one)
             if turns is None:
                 self.unknown.append(one.name)
             yield Loop(turns or 1, tuple(self.schedule(one.called("body"))))
@@ -242,6 +252,12 @@ class _Reader:
             if op == "fusion":
                 yield from self.fused_collectives(one)
             yield Work(one.name, self.flops(body, one), self.traffic.bytes(body, one), self.transcendentals(body, one))
+
+    def turns_by_name(self, one: Instruction) -> int | None:
+        """Of a loop that ends by what it computes: ``turns``; of one over a mixture's rows, see
+        ``kernels.grouped_matmul.blocked``, as many as their part takes."""
+        most = re.search(r"at_most_(\d+)_turns", _source(one))
+        return math.ceil(int(most[1]) * self.routed) if most else self.turns
 
     def started(self, body: Computation, done: Instruction) -> str:
         """The name of what a ``-done`` waits for, past ``async-update``."""
@@ -315,7 +331,8 @@ class _Reader:
         touched = self.traffic.bytes(body, one)
         declared = re.search(r'"cost_estimate":(\{[^}]*\})', one.attributes)
         if declared:
-            cost = {name: float(value) for name, value in json.loads(declared[1]).items()}
+            share = self.routed if "ragged_dot" in _source(one) else 1.0
+            cost = {name: share * float(value) for name, value in json.loads(declared[1]).items()}
             yield Work(
                 one.name, cost["flops"], cost.get("bytes_accessed", touched), cost.get("transcendentals", 0.0), True
             )

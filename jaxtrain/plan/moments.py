@@ -28,6 +28,8 @@ import jax.numpy as jnp
 
 from jaxtrain.kernels.cross_entropy.api import KEPT_BYTES
 from jaxtrain.models import build_model
+from jaxtrain.models.latent import LatentSpec
+from jaxtrain.models.moe import MoESpec, exchanged
 from jaxtrain.plan.programs import Program
 from jaxtrain.train.step import with_auxiliary
 from jaxtrain.types import path_name
@@ -168,15 +170,33 @@ def layer_activations(program: Program, mesh: Any) -> LayerActivations:
     tensor = program.split(mesh, "act_heads")
     found = []
     for spec in dict.fromkeys(config.spec().layers()):
-        attention, mlp, D = spec.attention, spec.mlp, config.d_model
-        heads = getattr(attention, "num_heads", 0) * getattr(attention, "head_dim", 0)
-        keys = getattr(attention, "num_kv_heads", 0) * getattr(attention, "head_dim", 0)
-        hidden = getattr(mlp, "d_ff", 0) * getattr(mlp, "top_k", 1) + getattr(mlp, "shared_d_ff", 0)
-        read = 3 * D + (2 * heads + 2 * keys + 3 * hidden) / tensor
-        widest = max(D, heads / tensor, hidden / tensor) + (2 * D if tensor > 1 else 0)
+        D, mlp = config.d_model, spec.mlp
+        queries, keys = _attention_widths(spec.attention)
+        routed = isinstance(mlp, MoESpec)
+        hidden = mlp.shared_d_ff if routed else mlp.d_ff
+        read = 3 * D + (queries + keys + 3 * hidden) / tensor
+        widest = max(D, queries / 2 / tensor, hidden / tensor) + (2 * D if tensor > 1 else 0)
+        if routed:
+            read += _routed(mlp, D, tensor, exchanged(program.model.rules, mesh))
         found.append((read * tokens * itemsize, widest * tokens * itemsize))
     read, widest = max(found, key=sum)
     return LayerActivations(read=read, widest=widest)
+
+
+def _attention_widths(spec: Any) -> tuple[int, int]:
+    """Of queries and what they read, and of keys and values, all heads together."""
+    if isinstance(spec, LatentSpec):
+        both = spec.num_heads * (spec.plain_dim + spec.rope_dim + spec.value_dim)
+        return both, both
+    return 2 * spec.num_heads * spec.head_dim, 2 * spec.num_kv_heads * spec.head_dim
+
+
+def _routed(spec: MoESpec, d_model: int, tensor: int, among: int) -> float:
+    """Elements a token that are alive together in a mixture's backward pass.  Every device has room for all tokens of
+    those it shares experts with, in case that all choose its own: of each assignment the three of its expert's width;
+    the row itself, its gradient and its result; the gradients by gate and by up, and what the kernels made of
+    these and of the result, before rows beyond the last are cleared.  And the tokens' gradients in float32."""
+    return among * (spec.top_k * (3 * spec.d_ff / tensor + 7 * d_model) + 2 * d_model)
 
 
 def _stream_bytes(program: Program, mesh: Any) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -23,7 +24,7 @@ from jaxtrain.generate.programs import programs as sampler
 from jaxtrain.generate.requests import bucket
 from jaxtrain.generate.sampling import Sampling
 from jaxtrain.models import Model, build_model
-from jaxtrain.models.flops import forward_flops_per_token
+from jaxtrain.models.flops import forward_flops_per_token, head_flops_per_token
 from jaxtrain.objectives.dpo import DPO, add_reference
 from jaxtrain.plan.chips import Slice
 from jaxtrain.recipe.learner import Learner, make_learner
@@ -94,17 +95,27 @@ class Program:
     @property
     def model_flops(self) -> float:
         """What the mathematics of one call asks for, over all devices: causal attention, nothing computed twice."""
-        return self._flops(self.length)
+        return self._flops(lambda length: length)
 
     @property
     def model_flops_non_causal(self) -> float:
         """The same with every token attending to the whole row, as some count it: a row of 2 T - 1 tokens has T keys a
         token under a causal mask."""
-        return self._flops(2 * self.length - 1)
+        return self._flops(lambda length: 2 * length - 1)
 
-    def _flops(self, length: int) -> float:
-        forward = forward_flops_per_token(self.model.config, length) * self.tokens
-        return forward * (3 if self.kind == "train" else 1)
+    def _flops(self, counted: Callable[[int], int]) -> float:
+        """counted: as rows of which length rows of another length are counted."""
+        config = self.model.config
+
+        def row(length: int) -> float:
+            return length * forward_flops_per_token(config, counted(length)) if length else 0.0
+
+        found = row(self.length)
+        if self.kind == "decode":
+            found -= row(self.length - self.new_tokens)
+        elif self.kind == "prefill":  # the next token follows from the last alone
+            found -= (self.length - 1) * head_flops_per_token(config)
+        return self.rows * found * (3 if self.kind == "train" else 1)
 
 
 def abstract_mesh(config: Any, where: Slice) -> AbstractMesh:

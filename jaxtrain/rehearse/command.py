@@ -26,6 +26,8 @@ from jaxtrain.train.metrics import read_rows
 Say = Callable[[str], None]
 # Programs are compiled, run a few times, and thrown away.
 COMPILE_FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+# XLA aborts the process where one virtual device comes 40 s later than the others, as happens on a busy machine.
+PATIENT = "--xla_cpu_collective_call_terminate_timeout_seconds=1200"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +189,7 @@ def _make_devices(count: int) -> None:
     with contextlib.suppress(RuntimeError):  # too late
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_FAST}".strip()
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {COMPILE_FAST} {PATIENT}".strip()
     if jax.default_backend() != "cpu" or jax.device_count() < count:
         raise ValueError(
             f"{count} virtual CPU devices are needed, but JAX already has {jax.device_count()} of "

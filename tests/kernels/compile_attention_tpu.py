@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+from functools import partial
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 
@@ -27,12 +28,14 @@ from jaxtrain.kernels.attention import api, tpu
 from jaxtrain.kernels.attention.flash import flash
 from jaxtrain.kernels.attention.masks import Spec, make_marks, visible_share
 from jaxtrain.kernels.target import target
+from jaxtrain.models.cache import write
 from jaxtrain.plan.compile import ENVIRONMENT
 from jaxtrain.sharding import AXES
 
 TOPOLOGIES = {"v4": "v4:2x2x1", "v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
 DEFAULTS = dict(B=1, N=2, K=1, S=None, V=None, dtype="bfloat16", causal=True, window=0, softcap=0.0, tiles=None)
 DEFAULTS |= dict(decode=False)  # T queries over a cache of S slots, forward only
+DEFAULTS |= dict(steps=0)  # of decoding, each of which writes what it has read into the cache
 
 
 def compile_case(case: dict) -> dict:
@@ -65,9 +68,11 @@ def compile_case(case: dict) -> dict:
     if case["decode"]:
         run = api.decode_attention
         arguments = [like(B, T, N, H, dtype=dtype), *arguments[1:3], like(B, T, S, dtype=jnp.bool_)]
+    if case["steps"]:
+        run, arguments = partial(decode_steps, case["steps"]), [*arguments, like(B, T)]
     with jax.set_mesh(mesh):
         assert target()[0] == "tpu", target()
-        compiled = jax.jit(run).lower(*arguments).compile()
+        compiled = jax.jit(run, donate_argnums=(1, 2) if case["steps"] else ()).lower(*arguments).compile()
     text, memory = compiled.as_text(), compiled.memory_analysis()
     return {
         "kernels": sorted(set(re.findall(r"flash_(?:forward|dq|dkv|backward)|decode_attention", text))),
@@ -76,6 +81,18 @@ def compile_case(case: dict) -> dict:
         "arguments": memory.argument_size_in_bytes,
         "square": sorted({found for found in re.findall(r"\w+\[[\d,]+\]", text) if _has_square(found, T, S)}),
     }
+
+
+def decode_steps(count: int, q, k, v, visible, positions):
+    """What a sampler does in a layer, a token at a time."""
+
+    def step(i, carry):
+        q, k, v = carry
+        new = q.swapaxes(1, 2)[:, : k.shape[1]]
+        k, v = (write(old, new, positions + i, jnp.ones_like(positions)) for old in (k, v))
+        return api.decode_attention(q, k, v, visible), k, v
+
+    return jax.lax.fori_loop(0, count, step, (q, k, v))
 
 
 def _has_square(shape: str, T: int, S: int) -> bool:

@@ -256,10 +256,11 @@ def test_a_group_of_heads_whose_gradient_does_not_fit_is_taken_in_parts(prepare,
     program = Program(heads=(2, 4))
     prepare(program)
     T, H = program.lengths[0], program.H
-    two_heads = dataclasses.replace(tpu.chip(), fused=2 * H * (T + 128) * 4)
+    two_heads = dataclasses.replace(tpu.chip(), fused=2 * H * (T + 128) * (4 + 4))
     monkeypatch.setattr(tpu, "chip", lambda: two_heads)
-    assert [tpu.group_parts(group, T, H) for group in (1, 2, 3, 4, 8)] == [1, 1, 3, 2, 4]
-    assert tpu.group_parts(8, 4 * T, H) is None
+    assert [tpu.group_parts(group, T, H, 4) for group in (1, 2, 3, 4, 8)] == [1, 1, 3, 2, 4]
+    assert tpu.group_parts(8, 4 * T, H, 4) is None
+    assert tpu.group_parts(3, T, H, 2) == 3 and tpu.group_parts(4, T, H, 2) == 2
     arrays = arrays_of(program)
     mine, theirs = (compiled(attend, program.spec(MASKS[program.masks][0])) for attend in (by_kernels, by_reference))
     for mask, rows in kinds(program):

@@ -91,6 +91,13 @@ def test_decoding_compiles_and_never_copies_the_cache():
         assert each["temporaries"] < 0.01 * each["arguments"]
 
 
+def test_a_step_of_decoding_writes_into_the_cache_in_place():
+    sizes = {"S": 4096, "B": 8, "N": 8, "K": 4, "H": 128, "T": 1, "decode": True, "steps": 16}
+    for each in compiled([{"chip": chip, **sizes} for chip in CHIPS]):
+        assert "error" not in each, each
+        assert each["temporaries"] < 0.01 * each["arguments"]
+
+
 def test_temporaries_grow_with_the_length_and_no_array_with_its_square():
     """Forward and backward on one v5e chip; at the longest, one array of T x S would be 32 GiB in bfloat16."""
     found = compiled([{"chip": "v5e", "T": T, "H": 64, "N": 8, "K": 2} for T in (32768, 65536, 131072)])

@@ -3,6 +3,7 @@ lines of the text that TPUs' compiler writes."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import jax
@@ -12,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.kernels.grouped_matmul.blocked import outer_product
 from jaxtrain.plan.hlo import Collective, Done, Loop, Start, Work, walk
 from jaxtrain.plan.hlo_convolution import convolution_flops
 from jaxtrain.plan.hlo_text import axes_of, groups_of, shapes
@@ -204,6 +206,26 @@ def test_convolutions_count_what_meets():
     # An ordinary one with stride 2: of 5 places, at 0, 2 and 4 of an input of 5 padded by one, the ends meet two of 3.
     strided = ", window={size=3 pad=1_1 stride=2}, dim_labels=b0f_0io->b0f"
     assert convolution_flops((1, 5, 4), (3, 4, 6), (1, 3, 6), strided) == 2 * 4 * 6 * (2 + 3 + 2)
+
+
+def test_blocks_of_a_mixtures_rows_turn_as_often_as_their_part_needs():
+    """Among four devices that have room for each other's rows, which are chosen evenly."""
+    M, K, N, E, size = 4096, 16, 8, 4, 64
+    types = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((M, K), (M, N))]
+    sizes = jax.ShapeDtypeStruct((E,), jnp.int32)
+    outer = jax.jit(functools.partial(outer_product, rows=size))
+    text = outer.lower(*types, sizes).compile().as_text()
+    for routed, turns in ((1.0, M // size + E), (0.25, (M // size + E) // 4)):
+        program = walk(text, routed=routed)
+        assert program.unknown == ()
+        assert program.totals().flops == turns * 2 * size * K * N
+
+
+def test_a_mixtures_kernel_finds_its_part_of_the_rows():
+    flash = 'custom_call_target="tpu_custom_call", backend_config={"cost_estimate"'
+    text = TPU.replace(flash, f'metadata={{op_name="jit(step)/ragged_dot_general"}}, {flash}')
+    assert text != TPU
+    assert walk(text, SIZES, routed=0.25).totals().kernel_flops == walk(TPU, SIZES).totals().kernel_flops / 4
 
 
 # What TPUs' compiler writes, cut down to the forms that CPU programs lack.

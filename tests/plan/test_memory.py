@@ -150,6 +150,38 @@ def test_the_cache_of_a_rollout(parts):
     assert cache == pytest.approx(LAYERS * 2 * 2 * 128 * LENGTH * 2 * 32 / 8, rel=1e-3)
 
 
+def test_operations_of_a_rollout(parts):
+    """Prompts of 256 tokens, of which the last alone has logits, and 256 tokens more; all products, none twice."""
+    found, mesh = parts("ppo")
+    read, write = found["rollout: read"], found["rollout: write"]
+    matrices = LAYERS * 2 * (WIDTH * 128 * (4 + 2 + 2 + 4) + 3 * WIDTH * 512)
+    head = 2 * WIDTH * 512
+    keys = [4 * LAYERS * 4 * 128 * sum(range(a + 1, b + 1)) for a, b in ((0, 256), (256, 512))]
+    assert 8 * sum(executed_flops(read, mesh)) == read.model_flops == read.rows * (256 * matrices + head + keys[0])
+    assert 8 * sum(executed_flops(write, mesh)) == write.model_flops == 32 * (256 * (matrices + head) + keys[1])
+    planned = [work.flops * times for work, times in flat(items_of(write, mesh)) if isinstance(work, hlo.Work)]
+    assert 8 * sum(planned) == pytest.approx(write.model_flops)
+
+
+def test_a_mixture_has_room_for_all_tokens_that_could_come(recipe):
+    """On its own a device keeps its own tokens' assignments; with four, those of all four."""
+    needed = {}
+    for expert in (1, 4):
+        config = recipe(
+            *("lm/Stage.model = @MixtralConfig()", "MixtralConfig.vocab_size = 512", "MixtralConfig.num_layers = 2"),
+            *("MixtralConfig.d_model = 256", "MixtralConfig.num_heads = 4", "MixtralConfig.num_kv_heads = 2"),
+            *("MixtralConfig.d_ff = 512", "MixtralConfig.num_experts = 8", "MixtralConfig.top_k = 2"),
+            *("MixtralConfig.max_positions = 512", "MixtralConfig.remat = 'full'"),
+            *("MixtralConfig.compute_dtype = 'bfloat16'", f"MeshConfig.expert = {expert}"),
+        )
+        mesh = abstract_mesh(config.stages[0].mesh, WHERE)
+        (train,) = programs(config.stages[0], config, mesh)
+        needed[expert] = moments.layer_activations(train, mesh).read
+    tokens = ROWS * LENGTH // 8
+    a_device = tokens * (2 * (3 * 512 + 7 * 256) + 2 * 256) * 2
+    assert needed[4] - needed[1] == 3 * a_device
+
+
 def test_zero_says_what_is_whole_while_a_step_runs(parts):
     found = {level: parts("lm", f"MeshConfig.zero = {level}") for level in (1, 2, 3)}
     memory = {level: program_memory(built["train"], mesh) for level, (built, mesh) in found.items()}

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from jaxtrain.models import layers
 from jaxtrain.sharding import MeshConfig, make_mesh, param_shardings, put_batch
 from jaxtrain.train.step import loss_and_grads
 from jaxtrain.train.zero import gather
@@ -37,14 +38,14 @@ WARNING = "Involuntary full rematerialization"
 NAMES = ("LM", "SFT", "RewardModel", "DPO", "PPOPolicy", "PPOCritic")
 
 
-def all_objectives(tools, config):
+def all_objectives(tools, config, names=NAMES):
     """{objective: (Loss, gradients)} on the mesh of ``config``, over all processes; they all must call it.
 
     One program for all objectives of a mesh: most of the time goes into compiling.
     """
     model = tools.model()
     params = tools.params(model)
-    batches = {name: tools.batch(tools.objectives[name]) for name in NAMES}
+    batches = {name: tools.batch(tools.objectives[name]) for name in names}
     mesh = make_mesh(config)
     whole = gather(model, mesh, config)
 
@@ -57,7 +58,7 @@ def all_objectives(tools, config):
     shardings = param_shardings(model.axes, params, mesh, model.rules)
     function = jax.jit(
         all_of_them,
-        out_shardings=dict.fromkeys(NAMES, (None, shardings)),
+        out_shardings=dict.fromkeys(names, (None, shardings)),
         compiler_options=tools.fast,
     )
     with jax.set_mesh(mesh):
@@ -92,6 +93,26 @@ def test_one_device_equals_eight(mesh, name, compute, tools, capfd):
     tools.assert_close(grads, one_grads)
     for metric, found in loss.metrics.items():
         tools.assert_close(found, one_loss.metrics[metric])
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        MeshConfig(),
+        MeshConfig(fsdp=2, tensor=2, data=2),
+        MeshConfig(expert=2, tensor=2, fsdp=2),
+        MeshConfig(stage=2, fsdp=2, tensor=2),
+    ],
+    ids=["one", "fsdp2-tensor2-data2", "expert2-tensor2-fsdp2", "stage2-fsdp2-tensor2"],
+)
+def test_rows_and_positions_apart_change_nothing(config, compute, tools, capfd, monkeypatch):
+    """As on TPUs, where ``rows_of`` leaves them so."""
+    wanted = compute(MeshConfig(), capfd)[0]["LM"]
+    monkeypatch.setattr(layers, "target", lambda: ("tpu", "TPU v5"))
+    found = jax.device_get(all_objectives(tools, config, ("LM",))["LM"])
+    assert WARNING not in capfd.readouterr().err
+    tools.assert_close(found[0].total, wanted[0].total)
+    tools.assert_close(found[1], wanted[1])
 
 
 def test_the_compilers_warning_would_be_seen(capfd):

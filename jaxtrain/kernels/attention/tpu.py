@@ -35,10 +35,10 @@ class Chip:
 
 CHIPS = {
     "TPU v4": Chip(tiles=(512, 512), vmem=14 * 2**20, fused=0),
-    "TPU v5 lite": Chip(tiles=(512, 512), vmem=64 * 2**20, fused=20 * 2**20),
-    "TPU v5": Chip(tiles=(512, 512), vmem=64 * 2**20, fused=20 * 2**20),
-    "TPU v6 lite": Chip(tiles=(512, 512), vmem=64 * 2**20, fused=20 * 2**20),
-    "TPU7x": Chip(tiles=(512, 512), vmem=48 * 2**20, fused=16 * 2**20),
+    "TPU v5 lite": Chip(tiles=(512, 512), vmem=64 * 2**20, fused=30 * 2**20),
+    "TPU v5": Chip(tiles=(512, 512), vmem=64 * 2**20, fused=30 * 2**20),
+    "TPU v6 lite": Chip(tiles=(512, 512), vmem=64 * 2**20, fused=30 * 2**20),
+    "TPU7x": Chip(tiles=(512, 512), vmem=48 * 2**20, fused=24 * 2**20),
 }
 
 
@@ -88,7 +88,7 @@ def backward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, lse_BNT, delta_BN
     which compute seven products for five."""
     rest = (marks, lse_BNT, delta_BNT, d_out_BNTV)
     (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
-    parts = group_parts(N // K, T, H)
+    parts = group_parts(N // K, T, H, q_BNTH.dtype.itemsize)
     if parts is None:
         args = (q_BNTH, k_BKSH, v_BKSV, *rest)
         return (_dq(spec, *args), *_dkv(spec, *args, fused=False))
@@ -101,10 +101,10 @@ def backward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, lse_BNT, delta_BN
     return dq, *grads
 
 
-def group_parts(group: int, T: int, H: int) -> int | None:
-    """In how many parts the backward kernel takes a group of query heads, so that dq ``[heads, H, T]`` stays in VMEM;
-    None where not even one head's does."""
-    room = chip().fused // (H * (T + LANES) * 4)
+def group_parts(group: int, T: int, H: int, itemsize: int) -> int | None:
+    """In how many parts the backward kernel takes a group of query heads, so that dq ``[heads, H, T]`` stays in VMEM:
+    its sums in float32, and what is handed over, of ``itemsize`` bytes.  None where not even one head's does."""
+    room = chip().fused // (H * (T + LANES) * (4 + itemsize))
     return next((parts for parts in range(1, group + 1) if group % parts == 0 and group // parts <= room), None)
 
 
@@ -153,14 +153,15 @@ def _dkv(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BN
             *((lse, call.looped_row), (delta, call.looped_row)),
         ],
         out=[(k.shape, k.dtype, call.held), (v.shape, v.dtype, call.held)]
-        + ([((B, N, H, call.T), f32, call.whole)] if fused else []),
-        scratch=[*[((2, keys, queries), f32)] * 2, ((keys, H), f32), ((keys, V), f32)],
+        + ([((B, N, H, call.T), q.dtype, call.whole)] if fused else []),
+        scratch=[*[((2, keys, queries), f32)] * 2, ((keys, H), f32), ((keys, V), f32)]
+        + ([((N // k.shape[1], H, call.T), f32)] if fused else []),
         products=(3 if fused else 2) * H + 2 * V,
         name="flash_backward" if fused else "flash_dkv",
         in_order=fused,
     )
     T, S = q_BNTH.shape[2], k_BKSH.shape[2]
-    dq = [(x.swapaxes(2, 3)[:, :, :T] * spec.scale).astype(q.dtype) for x in dq]
+    dq = [x.swapaxes(2, 3)[:, :, :T] for x in dq]
     return *dq, dk[:, :, :S], dv[:, :, :S]
 
 

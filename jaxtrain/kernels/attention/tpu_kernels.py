@@ -232,10 +232,11 @@ def dkv_kernel(
     """One block of keys, all the queries of its group of heads in turn: dv adds up P^T d_out, and dk adds up dS^T q, of
     tiles of keys x queries.
 
-    Where all of a group's dq^T fits into VMEM it is added up on the way, without the scale, and a tile's logits and
-    their gradients need not be computed a second time for it: five products instead of seven.
+    Where all of a group's dq^T fits into VMEM it is added up on the way, in float32, and a tile's logits and their
+    gradients need not be computed a second time for it: five products instead of seven.
     """
-    *dq_refs, x_KQ, dp_KQ, dk_KH, dv_KV = more
+    fused = len(more) > 4
+    dq_ref, x_KQ, dp_KQ, dk_KH, dv_KV, dq_GHQ = more if fused else (None, *more, None)
     turn, turns = pl.program_id(3), pl.num_programs(3)
     at = (pl.program_id(0) * pl.num_programs(2) + pl.program_id(2)) * 4
 
@@ -244,16 +245,18 @@ def dkv_kernel(
         dk_KH[...] = jnp.zeros_like(dk_KH)
         dv_KV[...] = jnp.zeros_like(dv_KV)
 
-    for dq_ref in dq_refs:
-        heads, H, length = dq_ref.shape[1:]
+    def each_block_of_dq(do):
+        heads, _, length = dq_GHQ.shape
         blocks = length // shape.queries
+        _loop(0, heads * blocks, lambda n: do((n // blocks, slice(None), _rows(n % blocks, shape.queries))))
 
-        def clear(block, dq_ref=dq_ref, blocks=blocks, H=H):
-            dq_ref[0, block // blocks, :, _rows(block % blocks, shape.queries)] = jnp.zeros(
-                (H, shape.queries), jnp.float32
-            )
+    @pl.when((turn == 0) & (pl.program_id(2) == 0))
+    def _():
+        def clear(place):
+            dq_GHQ[place] = jnp.zeros((dq_GHQ.shape[1], shape.queries), jnp.float32)
 
-        pl.when((turn == 0) & (pl.program_id(2) == 0))(lambda n=heads * blocks, clear=clear: _loop(0, n, clear))
+        if fused:
+            each_block_of_dq(clear)
 
     def start(tile, slot, hide):
         rows = _rows(tile, shape.queries)
@@ -272,9 +275,9 @@ def dkv_kernel(
         dv_KV[...] += dot(p.astype(d_out.dtype), d_out, (1, 0))
         ds = ds.astype(q.dtype)
         dk_KH[...] += dot(ds, q, (1, 0))
-        for dq_ref in dq_refs:
+        if fused:
             at_q = _rows(turn % chunks * shape.tiles + tile, shape.queries)
-            dq_ref[0, turn // chunks, :, at_q] += dot(k_ref[0, 0], ds, (0, 0))
+            dq_GHQ[turn // chunks, :, at_q] += dot(k_ref[0, 0], ds, (0, 0))
 
     _all_tiles(_chunk_ranges(ranges_ref, at, turn % chunks, shape.tiles), start, finish)
 
@@ -282,3 +285,11 @@ def dkv_kernel(
     def _():
         dk_ref[0, 0] = (dk_KH[...] * spec.scale).astype(dk_ref.dtype)
         dv_ref[0, 0] = dv_KV[...].astype(dv_ref.dtype)
+
+    @pl.when((turn == turns - 1) & (pl.program_id(2) == pl.num_programs(2) - 1))
+    def _():
+        def hand_over(place):
+            dq_ref[0, *place] = (dq_GHQ[place] * spec.scale).astype(dq_ref.dtype)
+
+        if fused:
+            each_block_of_dq(hand_over)

@@ -28,7 +28,7 @@ KEPT_BYTES = 64 * 2**20
 PART_BYTES = 64 * 2**20
 # ... but of no fewer columns than keep the matrix units busy: for C columns every token's hidden state is read and its
 # gradient in float32 read and written, 10 D bytes for 6 C D operations, where chips do 240 (v5e) to 650 a byte.
-LEAST_COLUMNS = 1024
+LEAST_COLUMNS = 2048
 
 
 def cross_entropy(

@@ -50,8 +50,9 @@ def _inside(x_MK: jax.Array, sizes_E: jax.Array) -> jax.Array:
 
 
 def _ragged(x_MK, w_EKN, sizes_E):
-    out = jax.lax.ragged_dot(x_MK, w_EKN, sizes_E, preferred_element_type=jnp.float32)
-    return _inside(out, sizes_E).astype(x_MK.dtype)
+    # In the rows' own type, as with every other product: the matrix units add up in float32 whatever comes out, and
+    # float32 rows, twice as large, would be the most that a step keeps.
+    return _inside(jax.lax.ragged_dot(x_MK, w_EKN, sizes_E, preferred_element_type=x_MK.dtype), sizes_E)
 
 
 def _ragged_transposed(y_MN, w_EKN, sizes_E):

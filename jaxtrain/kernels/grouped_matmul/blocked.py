@@ -68,11 +68,7 @@ def product(x_MK: jax.Array, w_EKN: jax.Array, sizes_E: jax.Array, *, transpose:
 
 
 def outer_product(x_MK: jax.Array, y_MN: jax.Array, sizes_E: jax.Array, *, rows: int | None = None) -> jax.Array:
-    """Each group's ``x^T y`` over its rows, float32 ``[E, K, N]``: the gradient of the matrices.
-
-    rows: of a block.  Where they are given, blocks that no group needs are visited too, so that the number of turns is
-        known beforehand.
-    """
+    """Each group's ``x^T y`` over its rows, float32 ``[E, K, N]``: the gradient of the matrices.  rows: of a block."""
     (M, K), N, E = x_MK.shape, y_MN.shape[1], sizes_E.shape[0]
     size = rows or block_rows(M, E)
     blocks = cut(sizes_E, M, size)
@@ -86,5 +82,6 @@ def outer_product(x_MK: jax.Array, y_MN: jax.Array, sizes_E: jax.Array, *, rows:
         sum_KN = jax.lax.dot_general(x_RK, y_RN, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
         return out.at[group].add(sum_KN)
 
-    count = len(blocks.group) if rows else blocks.count
-    return jax.lax.fori_loop(0, count, body, vary_like(jnp.zeros((E, K, N), jnp.float32), x_MK))
+    # The name tells a reader of the compiled program, in which no number of turns stands, how many there can be.
+    with jax.named_scope(f"at_most_{len(blocks.group)}_turns"):
+        return jax.lax.fori_loop(0, blocks.count, body, vary_like(jnp.zeros((E, K, N), jnp.float32), x_MK))
