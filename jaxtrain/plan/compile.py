@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from jaxtrain.models.moe import exchanged
-from jaxtrain.plan import hlo
+from jaxtrain.plan import gpus, hlo
 from jaxtrain.plan.chips import GIB, Slice
 from jaxtrain.plan.programs import Program, mesh_sizes
 from jaxtrain.sharding import slices_of, whole_mesh
@@ -31,10 +31,7 @@ ENVIRONMENT = {
 def missing(where: Slice) -> str | None:
     """Why there is no compiler for these chips here; None where there is one."""
     if not where.chip.is_tpu:
-        return (
-            "XLA compiles for GPUs only where there is one; memory, FLOPs, collectives and seconds are by hand, "
-            "for a schedule like a TPU's: what XLA:GPU fuses, its kernels' scratch memory and NCCL's buffers are not"
-        )
+        return None if gpus.installed() else "JAX's CUDA plugin is not installed: pip install 'jaxtrain[cuda]'"
     if importlib.util.find_spec("libtpu") is None:
         return "the TPU compiler is not installed: pip install 'jaxtrain[tpu]'"
     return None
@@ -61,6 +58,8 @@ class Compiled:
 
 def topology_devices(where: Slice) -> list[Any]:
     """The slice's devices, as the compiler describes them.  Raises ValueError where it knows no such slice."""
+    if not where.chip.is_tpu:
+        return gpus.topology_devices(where)
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     from jax.experimental import topologies

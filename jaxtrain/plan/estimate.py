@@ -9,7 +9,7 @@ from jaxtrain.config import Recipe
 from jaxtrain.plan.analytic import executed_flops, items_of
 from jaxtrain.plan.chips import Slice
 from jaxtrain.plan.compile import Compiled, compile_program, topology_mesh
-from jaxtrain.plan.hlo import Item
+from jaxtrain.plan.hlo import Item, priced
 from jaxtrain.plan.memory import Peak, placed_bytes, stage_memory
 from jaxtrain.plan.moments import Traces
 from jaxtrain.plan.programs import Program, abstract_mesh, programs
@@ -126,7 +126,7 @@ def plan_stage(
         return by_hand
     mesh = topology_mesh(stage.mesh, where)
     parts = [
-        _compiled(part, compile_program(program, mesh))
+        _compiled(part, compile_program(program, mesh), mesh)
         for part, program in zip(by_hand.parts, programs(stage, recipe, mesh), strict=True)
     ]
     return dataclasses.replace(by_hand, parts=tuple(parts))
@@ -153,10 +153,13 @@ def plan_by_hand(stage: Any, found: list[Program], where: Slice, mesh: Any, trac
     return StagePlan(name=stage.name, steps=stage.steps, where=where, parts=tuple(parts))
 
 
-def _compiled(part: Part, answer: Compiled) -> Part:
-    """With the compiler's answer; what it refused has none but for its size."""
+def _compiled(part: Part, answer: Compiled, mesh: Any) -> Part:
+    """With the compiler's answer; what it refused has none but for its size.  mesh: what it compiled for."""
     if answer.program is None:
         return dataclasses.replace(part, compiled=answer)
+    if not part.network.where.chip.is_tpu:
+        kernels = executed_flops(part.program, mesh)[1]
+        answer = dataclasses.replace(answer, program=priced(answer.program, kernels))
     totals = answer.program.totals()
     return dataclasses.replace(
         part,

@@ -196,6 +196,21 @@ def walk(
     return Program(items, tuple(reader.unknown), tuple(reader.unpriced))
 
 
+def priced(program: Program, flops: float) -> Program:
+    """With equal parts of ``flops`` for its Pallas kernels, which on GPUs declare nothing."""
+
+    def bare(item: Item) -> bool:
+        return isinstance(item, Work) and item.kernel and not item.flops and item.name.startswith("pallas_call")
+
+    def one(item: Item) -> Item:
+        if isinstance(item, Loop):
+            return Loop(item.turns, tuple(map(one, item.items)))
+        return dataclasses.replace(item, flops=flops / calls) if bare(item) else item
+
+    calls = sum(times for item, times in flat(program.items) if bare(item))
+    return dataclasses.replace(program, items=tuple(map(one, program.items)))
+
+
 class _Reader:
     def __init__(
         self, module: Module, mesh: dict[str, int] | None, turns: int | None, slices: int, routed: float = 1.0

@@ -27,6 +27,7 @@ from jaxtrain.models import Model, build_model
 from jaxtrain.models.flops import forward_flops_per_token, head_flops_per_token
 from jaxtrain.objectives.dpo import DPO, add_reference
 from jaxtrain.plan.chips import Slice
+from jaxtrain.plan.gpus import TARGETS
 from jaxtrain.recipe.learner import Learner, make_learner
 from jaxtrain.rl.rewards import scores_at
 from jaxtrain.rl.rollout import score_rows
@@ -37,7 +38,6 @@ from jaxtrain.types import Pairs, Rollout, Tokens
 
 # device_kind, as the compiler calls the chips that it knows.
 KINDS = {"v4": "TPU v4", "v5e": "TPU v5 lite", "v5p": "TPU v5", "v6e": "TPU v6 lite", "tpu7x": "TPU7x"}
-GPUS = {"a100": "NVIDIA A100-SXM4-80GB", "h100": "NVIDIA H100 80GB HBM3", "h200": "NVIDIA H200"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -124,7 +124,7 @@ def abstract_mesh(config: Any, where: Slice) -> AbstractMesh:
     Raises ValueError where the config's sizes do not fill the slice.
     """
     sizes = mesh_sizes(config, where)
-    kind = KINDS.get(where.chip.name) or GPUS[where.chip.name]
+    kind = KINDS.get(where.chip.name) or TARGETS[where.chip.name].kind
     cores = (2 if where.chip.name in ("v4", "v5p") else 1) if where.chip.is_tpu else None
     device = jax.sharding.AbstractDevice(
         device_kind=kind, num_cores=cores, platform="tpu" if where.chip.is_tpu else "cuda"

@@ -1,4 +1,4 @@
-"""Compiles what the arguments name for TPUs that this machine does not have, and prints it as JSON; run by
+"""Compiles what the arguments name for chips that this machine does not have, and prints it as JSON; run by
 test_compile.py in a process of its own, since libtpu is loaded once a process.
 
     python compile_tpu.py RECIPE.gin TOPOLOGY STAGE [BINDING ...]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+from jaxtrain.plan import gpus
 from jaxtrain.plan.chips import parse_topology
 from jaxtrain.plan.compile import missing, refused_bytes
 
@@ -68,7 +69,28 @@ def test_a_refusal_is_an_answer(recipe_file):
 def test_the_extra_is_named_where_there_is_no_compiler(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     assert "pip install 'jaxtrain[tpu]'" in missing(parse_topology("v5e:2x2"))
-    assert "GPUs" in missing(parse_topology("h100:8"))
+    assert "pip install 'jaxtrain[cuda]'" in missing(parse_topology("h100:8"))
+
+
+def test_gpus_fill_hosts():
+    with pytest.raises(ValueError, match="12 GPUs do not fill hosts of 8"):
+        gpus.topology_devices(parse_topology("h100:12"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not gpus.installed(), reason="no compiler for GPUs: pip install 'jaxtrain[cuda]'")
+@pytest.mark.parametrize("topology", ["a100:8", "h100:8", "2*h200:8"])
+def test_what_xla_makes_of_a_step_on_gpus(recipe_file, topology):
+    split = ("MeshConfig.data = 2", "MeshConfig.fsdp = -1")
+    (part,) = planned(recipe_file, topology, "lm", *split)["parts"]
+    products, kernels = part["by_hand"]
+    walked, _, _, kernel, _ = part["walked"]
+    assert (part["fits"], part["unknown"]) == (True, [])
+    assert walked == pytest.approx(products, rel=0.01)
+    assert kernel == pytest.approx(kernels)  # by hand, too: these declare nothing
+    # Kernels' scratch memory, of up to 32 MiB, is more than this model's own.
+    assert 0.9 * part["bytes_by_hand"] < part["bytes"] < part["bytes_by_hand"] + 40 * 2**20
+    assert {axis for row in part["collectives"] for axis in row["axes"]} == {"data", "fsdp"}
 
 
 @pytest.mark.parametrize(

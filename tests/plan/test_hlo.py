@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.kernels.grouped_matmul.blocked import outer_product
-from jaxtrain.plan.hlo import Collective, Done, Loop, Start, Work, walk
+from jaxtrain.plan.hlo import Collective, Done, Loop, Program, Start, Work, priced, walk
 from jaxtrain.plan.hlo_convolution import convolution_flops
 from jaxtrain.plan.hlo_text import axes_of, groups_of, shapes
 
@@ -226,6 +226,14 @@ def test_a_mixtures_kernel_finds_its_part_of_the_rows():
     text = TPU.replace(flash, f'metadata={{op_name="jit(step)/ragged_dot_general"}}, {flash}')
     assert text != TPU
     assert walk(text, SIZES, routed=0.25).totals().kernel_flops == walk(TPU, SIZES).totals().kernel_flops / 4
+
+
+def test_kernels_that_declare_nothing_share_what_is_counted_by_hand():
+    """As on GPUs."""
+    kernel, other = Work("pallas_call.1", bytes=8.0, kernel=True), Work("sort", bytes=8.0, kernel=True)
+    program = priced(Program((Loop(3, (kernel, other)), Work("pallas_call", kernel=True)), (), ()), 100.0)
+    assert program.totals().kernel_flops == 100.0
+    assert [item.flops for item in program.items[0].items] == [25.0, 0.0]
 
 
 # What TPUs' compiler writes, cut down to the forms that CPU programs lack.
