@@ -6,7 +6,7 @@ import dataclasses
 import importlib.util
 from typing import Any
 
-from jaxtrain.plan.chips import Slice
+from jaxtrain.plan.chips import CHIPS, Slice
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 
@@ -63,10 +63,10 @@ TARGETS = {
         l2=40 * 2**20,
         clock_ghz=1.41,
         memory=85_100_068_864,
-        rate=2039e9,
+        rate=CHIPS["a100"].hbm_rate,
     ),
-    "h100": Target(kind="NVIDIA H100 80GB HBM3", memory=84_942_979_072, rate=3352e9, **_HOPPER),
-    "h200": Target(kind="NVIDIA H200", memory=151_397_597_184, rate=4800e9, **_HOPPER),
+    "h100": Target(kind="NVIDIA H100 80GB HBM3", memory=84_942_979_072, rate=CHIPS["h100"].hbm_rate, **_HOPPER),
+    "h200": Target(kind="NVIDIA H200", memory=151_397_597_184, rate=CHIPS["h200"].hbm_rate, **_HOPPER),
 }
 
 

@@ -244,7 +244,10 @@ class _Reader:
         elif op == "call":
             yield from self.schedule(one.called("to_apply"))
         elif op == "conditional":
-            yield from max((tuple(self.schedule(name)) for name in _branches(one)), key=_weight)
+            heavier = max((tuple(self.schedule(name)) for name in _branches(one)), key=_weight)
+            # How often, see ``kernels.attention.ring``.
+            often = re.search(r"taken_(\d+)_of_(\d+)", _source(one))
+            yield from (_part(item, int(often[1]) / int(often[2])) for item in heavier) if often else heavier
         elif MEGASCALE in one.attributes:
             yield from self.between_slices(body, one)
         elif op in ("call-start", "call-update"):
@@ -394,6 +397,16 @@ def _weight(items: tuple[Item, ...]) -> tuple[float, float]:
     """Which branch of a conditional costs more."""
     works = [(item, times) for item, times in flat(items) if isinstance(item, Work)]
     return sum(w.flops * n for w, n in works), sum(w.bytes * n for w, n in works)
+
+
+def _part(item: Item, share: float) -> Item:
+    """What is done in this part of all times, on average."""
+    if isinstance(item, Loop):
+        return Loop(item.turns, tuple(_part(inner, share) for inner in item.items))
+    if not isinstance(item, Work):
+        return item
+    costs = {name: share * getattr(item, name) for name in ("flops", "bytes", "transcendentals")}
+    return dataclasses.replace(item, **costs)
 
 
 def _source(one: Instruction) -> str:

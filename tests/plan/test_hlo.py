@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.kernels.attention.ring import Deal
 from jaxtrain.kernels.grouped_matmul.blocked import outer_product
 from jaxtrain.plan.hlo import Collective, Done, Loop, Program, Start, Work, priced, walk
 from jaxtrain.plan.hlo_convolution import convolution_flops
@@ -206,6 +207,18 @@ def test_convolutions_count_what_meets():
     # An ordinary one with stride 2: of 5 places, at 0, 2 and 4 of an input of 5 padded by one, the ends meet two of 3.
     strided = ", window={size=3 pad=1_1 stride=2}, dim_labels=b0f_0io->b0f"
     assert convolution_flops((1, 5, 4), (3, 4, 6), (1, 3, 6), strided) == 2 * 4 * 6 * (2 + 3 + 2)
+
+
+def test_a_ring_computes_a_part_of_its_pairs():
+    """Of four devices each two pairs of chunks in four turns and one more, of 16; the branches say so themselves."""
+    deal = Deal(("fsdp",), 4, 2)
+
+    def pairs(x, meet):
+        return jax.lax.scan(lambda x, met: (deal.cond(met, lambda x: (x @ x,), x)[0], None), x, meet)[0]
+
+    args = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((16,), jnp.bool_)
+    program = walk(jax.jit(pairs).lower(*args).compile().as_text())
+    assert program.totals().flops == 9 * 2 * 16**3
 
 
 def test_blocks_of_a_mixtures_rows_turn_as_often_as_their_part_needs():

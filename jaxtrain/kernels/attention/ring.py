@@ -26,6 +26,7 @@ relies on the order of the tokens: the marks say all.
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
@@ -46,6 +47,16 @@ class Deal:
     axis: tuple[str, ...]
     n: int
     parts: int
+
+    def cond(self, meet, run, *old):
+        """``run(*old)`` where a pair of chunks meets, else ``old``.
+
+        The name tells a reader of the compiled program, where either branch could be taken, that of a device's 4n pairs
+        2n + 1 are computed under a causal mask.
+        """
+        taken = jax.named_scope(f"taken_{2 * self.n + 1}_of_{4 * self.n}") if self.parts == 2 else nullcontext()
+        with taken:
+            return jax.lax.cond(meet, run, lambda *old: old, *old)
 
     def chunk(self, device, part: int):
         """The number of the chunk that ``device`` holds as its part number ``part`` when all are dealt.
@@ -140,7 +151,7 @@ class Ring:
                 for b in range(deal.parts):
                     marks, meet = pairs.at(step, a, b)
                     run = partial(_read_more, self.backend, pairs.spec, query, keys, b, marks)
-                    read[a] = jax.lax.cond(meet, run, lambda *old: old, *read[a])
+                    read[a] = deal.cond(meet, run, *read[a])
             return read
 
         def turn(carried, step):
@@ -167,7 +178,7 @@ class Ring:
                 for b in range(deal.parts):
                     marks, meet = pairs.at(step, a, b)
                     run = partial(_differentiate_more, self.backend, pairs.spec, query, keys, b, marks)
-                    d_queries[a], d_keys[b] = jax.lax.cond(meet, run, lambda *old: old, d_queries[a], d_keys[b])
+                    d_queries[a], d_keys[b] = deal.cond(meet, run, d_queries[a], d_keys[b])
             return d_queries, [jnp.stack(parts) for parts in zip(*d_keys, strict=True)]
 
         def turn(carried, step):
