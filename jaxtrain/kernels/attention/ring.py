@@ -185,8 +185,9 @@ class Ring:
             keys, d_keys, d_queries = carried
             coming, d_coming = deal.onward(keys), deal.onward(d_keys)
             d_queries, more = work(step, keys, d_queries)
-            # Else the compiler may start sending keys only after the work, for the additions below to hide it.
-            coming, d_coming = jax.lax.optimization_barrier((coming, d_coming))
+            # Else the compiler may start sending keys only after the work, for the additions below to hide it, or wait
+            # for all that is sent before the work.
+            coming, d_coming, more = jax.lax.optimization_barrier((coming, d_coming, more))
             return (coming, _add(d_coming, more), d_queries), None
 
         coming = deal.onward(keys)

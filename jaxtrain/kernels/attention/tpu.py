@@ -89,16 +89,14 @@ def backward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, lse_BNT, delta_BN
     rest = (marks, lse_BNT, delta_BNT, d_out_BNTV)
     (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
     parts = group_parts(N // K, T, H, q_BNTH.dtype.itemsize)
+    args = (spec, q_BNTH, k_BKSH, v_BKSV, *rest)
     if parts is None:
-        args = (q_BNTH, k_BKSH, v_BKSV, *rest)
-        return (_dq(spec, *args), *_dkv(spec, *args, fused=False))
-    # Each part of a group with keys and values of its own.
-    k, v = (jnp.repeat(x, parts, axis=1) if parts > 1 else x for x in (k_BKSH, v_BKSV))
-    dq, *grads = _dkv(spec, q_BNTH, k, v, *rest, fused=True)
+        return (_dq(*args), *_dkv(*args))
+    dq, dk, dv = _dkv(*args, parts=parts)
     if parts > 1:
-        apart = (x.astype(jnp.float32).reshape(B, K, parts, *x.shape[2:]) for x in grads)
-        grads = [jnp.sum(x, axis=2).astype(k_BKSH.dtype) for x in apart]
-    return dq, *grads
+        apart = (x.reshape(B, K, parts, *x.shape[2:]) for x in (dk, dv))
+        dk, dv = (jnp.sum(x, axis=2, dtype=jnp.float32).astype(x.dtype) for x in apart)
+    return dq, dk, dv
 
 
 def group_parts(group: int, T: int, H: int, itemsize: int) -> int | None:
@@ -136,9 +134,11 @@ def _dq(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNT
     return dq[:, :, : q_BNTH.shape[2]]
 
 
-def _dkv(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV, *, fused: bool):
-    """dk and dv; after dq where ``fused``."""
-    call = _Keys.of(spec, q_BNTH, k_BKSH, v_BKSV)
+def _dkv(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV, *, parts: int | None = None):
+    """dk and dv; with the number of parts of a group of heads dq too, and each part's dk and dv,
+    ``[B, K * parts, S, *]``."""
+    call, fused = _Keys.of(spec, q_BNTH, k_BKSH, v_BKSV), parts is not None
+    call = dataclasses.replace(call, K=call.K * (parts or 1))
     queries, keys, f32 = call.shape.queries, call.shape.keys, jnp.float32
     q, k, v, d_out = (
         _pad(x, n) for x, n in ((q_BNTH, call.T), (k_BKSH, call.S), (v_BKSV, call.S), (d_out_BNTV, call.T))
@@ -152,10 +152,10 @@ def _dkv(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BN
             *((q, call.looped), (k, call.held), (v, call.held), (d_out, call.looped)),
             *((lse, call.looped_row), (delta, call.looped_row)),
         ],
-        out=[(k.shape, k.dtype, call.held), (v.shape, v.dtype, call.held)]
+        out=[((B, call.K, *x.shape[2:]), x.dtype, call.held) for x in (k, v)]
         + ([((B, N, H, call.T), q.dtype, call.whole)] if fused else []),
         scratch=[*[((2, keys, queries), f32)] * 2, ((keys, H), f32), ((keys, V), f32)]
-        + ([((N // k.shape[1], H, call.T), f32)] if fused else []),
+        + ([((N // call.K, H, call.T), f32)] if fused else []),
         products=(3 if fused else 2) * H + 2 * V,
         name="flash_backward" if fused else "flash_dkv",
         in_order=fused,
@@ -289,7 +289,9 @@ class _Keys(_Call):
         return n * (self.N // self.K) + turn // self.chunks
 
     def held(self, shape):
-        return pl.BlockSpec((1, 1, self.shape.keys, shape[-1]), lambda b, n, j, c, _: (b, n, j, 0))
+        # Several parts of a group read the same keys, and have gradients each.
+        parts = self.K // shape[1]
+        return pl.BlockSpec((1, 1, self.shape.keys, shape[-1]), lambda b, n, j, c, _: (b, n // parts, j, 0))
 
     def looped(self, shape):
         block = (1, 1, self.units()[0], shape[-1])
