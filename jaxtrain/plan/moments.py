@@ -13,7 +13,7 @@ type.  Beside them lie
 This is what the buffers of compiled steps show.  What is saved is what JAX itself would save: the loss is traced and
 its residuals are added up, whatever ``remat``, objective, model and kernels are.
 
-Against the compiler (libtpu 0.0.42; the shipped recipes on v5p, v5e and v6e, SFT, DPO, 128k tokens, a mixture) -4% to +4%;
+Against the compiler (libtpu 0.0.42; shipped recipes: v5p, v5e and v6e, SFT, DPO, 128k tokens, a mixture) -4% to +4%;
 Llama 3 8B cut to 4 layers +6%, the policy's step of a PPO job -7%.
 """
 
