@@ -42,7 +42,7 @@ def _ours(q, k, v, *, tile, fused: bool | None):
     args = (spec, q, k, v, marks, lse, jnp.sum(out, -1, dtype=jnp.float32), out)
     if fused is None:
         return out, tpu.backward(*args)
-    return out, tpu._dq(*args), tpu._dkv(*args, fused=False), tpu._dkv(*args, fused=True) if fused else ()
+    return out, tpu._dq(*args), tpu._dkv(*args), tpu._dkv(*args, parts=1) if fused else ()
 
 
 def one_backward(T: int, H: int, tile) -> bool:
