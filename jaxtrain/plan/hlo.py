@@ -16,7 +16,7 @@ import functools
 import json
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from jaxtrain.plan.hlo_bytes import COLLECTIVES, Traffic
@@ -202,19 +202,15 @@ def priced(program: Program, flops: float) -> Program:
     def bare(item: Item) -> bool:
         return isinstance(item, Work) and item.kernel and not item.flops and item.name.startswith("pallas_call")
 
-    def one(item: Item) -> Item:
-        if isinstance(item, Loop):
-            return Loop(item.turns, tuple(map(one, item.items)))
-        return dataclasses.replace(item, flops=flops / calls) if bare(item) else item
-
     calls = sum(times for item, times in flat(program.items) if bare(item))
-    return dataclasses.replace(program, items=tuple(map(one, program.items)))
+    items = _each_work(
+        program.items, lambda work: dataclasses.replace(work, flops=flops / calls) if bare(work) else work
+    )
+    return dataclasses.replace(program, items=items)
 
 
 class _Reader:
-    def __init__(
-        self, module: Module, mesh: dict[str, int] | None, turns: int | None, slices: int, routed: float = 1.0
-    ):
+    def __init__(self, module: Module, mesh: dict[str, int] | None, turns: int | None, slices: int, routed: float):
         self.module, self.mesh, self.turns, self.routed = module, mesh or {}, turns, routed
         self.slices, self.between = slices, tuple(slice_axes(self.mesh, slices)) if slices > 1 else ()
         self.traffic = Traffic(module)
@@ -247,7 +243,7 @@ class _Reader:
             heavier = max((tuple(self.schedule(name)) for name in _branches(one)), key=_weight)
             # How often, see ``kernels.attention.ring``.
             often = re.search(r"taken_(\d+)_of_(\d+)", _source(one))
-            yield from (_part(item, int(often[1]) / int(often[2])) for item in heavier) if often else heavier
+            yield from _part(heavier, int(often[1]) / int(often[2])) if often else heavier
         elif MEGASCALE in one.attributes:
             yield from self.between_slices(body, one)
         elif op in ("call-start", "call-update"):
@@ -399,14 +395,25 @@ def _weight(items: tuple[Item, ...]) -> tuple[float, float]:
     return sum(w.flops * n for w, n in works), sum(w.bytes * n for w, n in works)
 
 
-def _part(item: Item, share: float) -> Item:
+def _part(items: tuple[Item, ...], share: float) -> tuple[Item, ...]:
     """What is done in this part of all times, on average."""
-    if isinstance(item, Loop):
-        return Loop(item.turns, tuple(_part(inner, share) for inner in item.items))
-    if not isinstance(item, Work):
-        return item
-    costs = {name: share * getattr(item, name) for name in ("flops", "bytes", "transcendentals")}
-    return dataclasses.replace(item, **costs)
+
+    def less(work: Work) -> Work:
+        costs = {name: share * getattr(work, name) for name in ("flops", "bytes", "transcendentals")}
+        return dataclasses.replace(work, **costs)
+
+    return _each_work(items, less)
+
+
+def _each_work(items: tuple[Item, ...], change: Callable[[Work], Work]) -> tuple[Item, ...]:
+    """With all work changed, that of loops too."""
+
+    def one(item: Item) -> Item:
+        if isinstance(item, Loop):
+            return Loop(item.turns, _each_work(item.items, change))
+        return change(item) if isinstance(item, Work) else item
+
+    return tuple(map(one, items))
 
 
 def _source(one: Instruction) -> str:

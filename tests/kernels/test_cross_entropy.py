@@ -212,9 +212,11 @@ def test_parts():
     assert api.part_columns(1000, 5000) == 5000
     # By what is enough, a sixteenth of the vocabulary, the size of a part, and what is too narrow to be fast.
     least = {(8192, 128_256): 4096, (8192, 50_257): 3141, (2048, 32_000): 8192, (100_000, 12_000): 1024}
+    least[100_000, 151_936] = 4096
     for (tokens, columns), most in least.items():
         part = api.part_columns(tokens, columns)
-        assert part % 128 == 0 and part <= -(-most // 128) * 128
+        assert part % 128 == 0 and part < columns and part <= -(-most // 128) * 128
+        assert part * tokens * 4 <= api.PART_BYTES or part <= api.LEAST_COLUMNS
         assert -(-columns // part) == -(-columns // most)
 
 

@@ -48,14 +48,17 @@ class Deal:
     n: int
     parts: int
 
+    @property
+    def pairs(self) -> tuple[int, int]:
+        """Of a device's pairs of chunks in the zigzag order: those that are computed under a causal mask, and all."""
+        return 2 * self.n + 1, 4 * self.n
+
     def cond(self, meet, run, *old):
         """``run(*old)`` where a pair of chunks meets, else ``old``.
 
-        The name tells a reader of the compiled program, where either branch could be taken, that of a device's 4n pairs
-        2n + 1 are computed under a causal mask.
+        The name tells a reader of the compiled program, where either branch could be taken, how often it is run.
         """
-        taken = jax.named_scope(f"taken_{2 * self.n + 1}_of_{4 * self.n}") if self.parts == 2 else nullcontext()
-        with taken:
+        with jax.named_scope("taken_{}_of_{}".format(*self.pairs)) if self.parts == 2 else nullcontext():
             return jax.lax.cond(meet, run, lambda *old: old, *old)
 
     def chunk(self, device, part: int):
@@ -113,8 +116,8 @@ class _Pairs:
         keys = jax.lax.all_gather(keys.reshape(*keys.shape[:2], deal.parts, -1), deal.axis)
         keys = jnp.moveaxis(keys, 3, 1).reshape(-1, *keys.shape[1:3], keys.shape[-1])
         k_marks = dataclasses.replace(marks, k_segments=keys[:, :, 0], k_positions=keys[:, :, 1])
-        # Of the 4n pairs of a device 2n + 1 are computed under a causal mask.
-        share = min(1.0, spec.share * 4 * deal.n / (2 * deal.n + 1)) if deal.parts == 2 else spec.share
+        computed, pairs = deal.pairs
+        share = min(1.0, spec.share * pairs / computed) if deal.parts == 2 else spec.share
         spec = dataclasses.replace(spec, in_order=False, share=share)
         return cls(deal, spec, q_marks, [query_extents(spec, q) for q in q_marks], k_marks, key_extents(k_marks))
 

@@ -86,10 +86,9 @@ def forward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks) -> tuple[jax.Array
 def backward(spec: Spec, q_BNTH, k_BKSH, v_BKSV, marks: Marks, lse_BNT, delta_BNT, d_out_BNTV):
     """See ``flash``: one kernel where the dq of a group of heads, or of a part of one, fits into VMEM, and else two,
     which compute seven products for five."""
-    rest = (marks, lse_BNT, delta_BNT, d_out_BNTV)
     (B, N, T, H), K = q_BNTH.shape, k_BKSH.shape[1]
     parts = group_parts(N // K, T, H, q_BNTH.dtype.itemsize)
-    args = (spec, q_BNTH, k_BKSH, v_BKSV, *rest)
+    args = (spec, q_BNTH, k_BKSH, v_BKSV, marks, lse_BNT, delta_BNT, d_out_BNTV)
     if parts is None:
         return (_dq(*args), *_dkv(*args))
     dq, dk, dv = _dkv(*args, parts=parts)
