@@ -25,7 +25,7 @@ CASES: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "8B on v5p-128": ("llama3_8b_pretrain", "v5p:4x4x4", ()),
     "8B on v5e-256": ("llama3_8b_pretrain", "v5e:16x16", ("Stage.batch_size = 256", "MeshConfig.data = 16")),
     "70B on v5p-512": ("llama3_70b_pretrain", "v5p:4x8x8", ()),
-    "70B on v6e-256": ("llama3_70b_pretrain", "v6e:16x16", ("MeshConfig.data = 16", "MeshConfig.fsdp = 16")),
+    "70B on v6e-256": ("llama3_70b_pretrain", "v6e:16x16", ("MeshConfig.data = 1", "MeshConfig.fsdp = 256")),
     "MoE 16B on v5p-128": ("deepseek_v2_lite_pretrain", "v5p:4x4x4", ()),
     "Qwen3 8B SFT on v5e-64": ("qwen3_8b_sft", "v5e:8x8", ()),
     "Qwen3 8B DPO on v5e-64": ("qwen3_8b_dpo", "v5e:8x8", ()),

@@ -51,7 +51,7 @@ class Case:
     rows: int = 1
 
 
-V6E_4_ROWS = ("Stage.batch_size = 1024", "MeshConfig.data = 16")
+V6E_4_ROWS = ("Stage.batch_size = 1024", "MeshConfig.data = 1")
 CASES = {
     "8B on v5p-128": Case(*RECIPES["8B on v5p-128"], "llama3-8b", "v5p-128"),
     "8B on v5e-256": Case(*RECIPES["8B on v5e-256"], "llama3-8b", "v5e-256"),

@@ -97,6 +97,17 @@ def programs(model: Any, sampling: Sampling, top: int) -> dict[str, Any]:
         """On every device, so that every host can read it."""
         return jax.tree.map(lambda x: pin(x, *(None,) * x.ndim), tree)
 
+    def firsts_everywhere(sampled: Sampled) -> Sampled:
+        """The same of one token a row.
+
+        Ids and log-probabilities travel as one array ``[2, b]``: TPUs' compiler has no all-gather of a vector, and
+        would add up parts among zeros.
+        """
+        logps = jax.lax.bitcast_convert_type(sampled.logps, sampled.ids.dtype)
+        ids, logps = everywhere(pin(jnp.stack([sampled.ids, logps]), None, "batch"))
+        logps = jax.lax.bitcast_convert_type(logps, sampled.logps.dtype)
+        return dataclasses.replace(everywhere(dataclasses.replace(sampled, ids=None, logps=None)), ids=ids, logps=logps)
+
     def choose(keys: Array, counts: Array, logits: Array, seen: Array) -> tuple[Sampled, Array]:
         """The next token of each row, and ``seen`` with it."""
         step_keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(keys), counts)
@@ -159,7 +170,7 @@ def programs(model: Any, sampling: Sampling, top: int) -> dict[str, Any]:
             keys=keys,
             seen=seen,
         )
-        return pin_slots(slots), everywhere(sampled)
+        return pin_slots(slots), firsts_everywhere(sampled)
 
     def read(params: Params, ids: Array, *rest: Array) -> tuple[Slots, Sampled]:
         """Reads prompts ``[b, P]``, padded on the right, and samples their first tokens: b slots of their own.

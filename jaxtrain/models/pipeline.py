@@ -41,6 +41,17 @@ def bubble(stages: int, microbatches: int, rounds: int) -> float:
     return (stages - 1) / (rounds * microbatches + stages - 1)
 
 
+def divides(layers: Sequence[Any], parts: int) -> bool:
+    """Whether so many parts of layers are alike, kind by kind."""
+    each = len(layers) // parts
+    return len(layers) % parts == 0 and all(layers[i] == layers[i % each] for i in range(len(layers)))
+
+
+def most_microbatches(stages: int, rows: int) -> int:
+    """Into how many microbatches a pipeline cuts ``rows`` of each device where its config does not say."""
+    return stages * max(n for n in range(1, min(rows, MICROBATCHES_A_STAGE) + 1) if rows % n == 0)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Pipeline:
     """How many of everything; rows: devices over which the rows of one microbatch are split."""
@@ -64,8 +75,8 @@ class Pipeline:
                 f"{len(layers)} layers are not divisible by MeshConfig.stage={S} times pipeline_rounds={R}: choose "
                 "stages (and rounds) that divide them"
             )
-        each = len(layers) // (S * R)
-        if any(layers[i] != layers[i % each] for i in range(len(layers))):
+        if not divides(layers, S * R):
+            each = len(layers) // (S * R)
             raise ValueError(
                 f"with MeshConfig.stage={S} and pipeline_rounds={R} every stage has {each} layers at a time, but their "
                 "kinds (windows, positions) do not repeat after so many; choose fewer stages or rounds"
@@ -76,10 +87,7 @@ class Pipeline:
                 "include its stages: choose a larger batch size, fewer accumulations or fewer stages"
             )
         groups = B // split  # rows a device, and so microbatches a stage at most
-        asked = config.pipeline_microbatches
-        if asked == 0:
-            found = max(n for n in range(1, min(groups, MICROBATCHES_A_STAGE) + 1) if groups % n == 0)
-            asked = found * S
+        asked = config.pipeline_microbatches or most_microbatches(S, groups)
         if asked % S or groups % (asked // S):
             raise ValueError(
                 f"pipeline_microbatches={asked} must be a multiple of MeshConfig.stage={S} that divides the "

@@ -30,6 +30,7 @@ from jaxtrain.kernels.cross_entropy.api import KEPT_BYTES
 from jaxtrain.models import build_model
 from jaxtrain.models.latent import LatentSpec
 from jaxtrain.models.moe import MoESpec, exchanged
+from jaxtrain.models.pipeline import most_microbatches
 from jaxtrain.plan.programs import Program
 from jaxtrain.train.step import with_auxiliary
 from jaxtrain.types import path_name
@@ -275,6 +276,7 @@ class Traces:
             shape["tensor"] > 1,
             math.prod(shape.values()) > 1,
             in_parts(program, mesh),
+            pipeline_microbatches(program, mesh),
         )
         try:
             by_rows = self.found.setdefault(key, {})
@@ -323,6 +325,14 @@ def trace_residuals(program: Program, mesh: Any) -> list[jax.ShapeDtypeStruct]:
     with jax.sharding.use_abstract_mesh(mesh):
         leaves = jax.tree.leaves(jax.eval_shape(backward, params, micro, key))
     return [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in leaves if leaf.size]
+
+
+def pipeline_microbatches(program: Program, mesh: Any) -> int:
+    """Into how many a pipeline cuts the rows that pass it together; 0 without one."""
+    if mesh.shape["stage"] == 1 or not hasattr(program.model.config, "pipeline_microbatches"):
+        return 0
+    rows = program.rows // program.accumulate // program.split(mesh, "batch")
+    return program.model.config.pipeline_microbatches or most_microbatches(mesh.shape["stage"], max(1, rows))
 
 
 def in_parts(program: Program, mesh: Any) -> bool:

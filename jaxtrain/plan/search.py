@@ -12,10 +12,11 @@ from typing import Any
 
 from jaxtrain.config import Recipe
 from jaxtrain.plan.chips import Slice
-from jaxtrain.plan.estimate import StagePlan, plan_by_hand, plan_stage
+from jaxtrain.plan.estimate import StagePlan, plan_by_hand, plan_stage, seconds_by_hand
 from jaxtrain.plan.moments import Traces
 from jaxtrain.plan.programs import abstract_mesh, programs
-from jaxtrain.plan.variants import meshes, microbatches, remats, rows_ways, vary
+from jaxtrain.plan.variants import MODEL_FIELDS, meshes, microbatches, on_mesh, remats, rows_ways, schedules, vary
+from jaxtrain.sharding import AXES
 
 # Times this close count as the same, and less memory goes first: a count by hand knows no better.
 SAME = 1.01
@@ -46,7 +47,9 @@ class Candidate:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Found:
     """ranked: the best first; of each mesh, remat and number of microbatches the best level of ZeRO alone, and the
-    recipe's own in any case.  counted, refused: how many were counted, and how many meshes the stage cannot have."""
+    recipe's own in any case.  Pipelines only where they are faster than what fits without one: their memory takes
+    longer to count than all else.  counted, refused: how many were counted, and how many meshes the stage cannot have.
+    """
 
     ranked: tuple[Candidate, ...]
     counted: int
@@ -58,43 +61,54 @@ def search(stage: Any, recipe: Recipe, where: Slice) -> Found:
     """By hand.  Raises ValueError where no mesh at all can be had, with what the last one lacked."""
     began = time.perf_counter()
     traces = Traces()
-    counted, refused, complaint = [], 0, None
+    found, refused, slower, complaint = [], 0, 0, None
     own = dataclasses.replace(stage.mesh, **stage.mesh.sizes(where.devices))
-    for mesh in dict.fromkeys((own, *meshes(stage, where))):
+    for mesh in sorted(dict.fromkeys((own, *meshes(stage, where))), key=lambda mesh: mesh.stage > 1):
         if mesh.zero != 3 and mesh != own:
             continue  # with the one of level 3, whose parameters lie alike
+        limit = math.inf
+        if mesh.stage > 1 and mesh != own:
+            limit = min((one.seconds for one in found if one.plan.fits), default=math.inf)
         try:
-            counted += _on_mesh(dataclasses.replace(stage, mesh=mesh), recipe, where, traces, own)
+            more, too_slow = _on_mesh(on_mesh(stage, mesh), recipe, where, traces, own, limit)
         except (ValueError, NotImplementedError) as error:
             refused, complaint = refused + 1, error
-    if not counted:
+            continue
+        found += more
+        slower += too_slow
+    if not found:
         raise ValueError(f"stage {stage.name}: no mesh of {where.name} can run it; the last one tried: {complaint}")
-    counted = [dataclasses.replace(one, own=_alike(one.stage, stage, own)) for one in counted]
+    found = [dataclasses.replace(one, own=_alike(one.stage, stage, own)) for one in found]
     return Found(
-        ranked=tuple(_distinct(rank(counted))),
-        counted=len(counted),
+        ranked=tuple(_distinct(rank(found))),
+        counted=len(found) + slower,
         refused=refused,
         seconds=time.perf_counter() - began,
     )
 
 
-def _on_mesh(stage: Any, recipe: Recipe, where: Slice, traces: Traces, own: Any) -> Iterator[Candidate]:
-    """All of one mesh's, whose programs are built once."""
+def _on_mesh(
+    stage: Any, recipe: Recipe, where: Slice, traces: Traces, own: Any, limit: float
+) -> tuple[list[Candidate], int]:
+    """All of one mesh's, whose programs are built once, and the number of those that take longer than ``limit``."""
     base = dataclasses.replace(stage, accumulate=1)
     mesh = abstract_mesh(stage.mesh, where)
     built = programs(base, recipe, mesh)
     levels = (3, 2, 1) if stage.mesh.fsdp > 1 else (3,)
     if stage.mesh == own:
         levels = tuple(dict.fromkeys((own.zero, *levels)))
-    found = []
-    for other in remats(stage):
+    found, slower = [], 0
+    for other in (scheduled for one in remats(stage) for scheduled in schedules(one)):
         for count in microbatches(stage, rows_ways(stage.mesh)):
             for zero in levels:
                 changed = dataclasses.replace(other, accumulate=count, mesh=dataclasses.replace(stage.mesh, zero=zero))
                 own_programs = [vary(program, base, changed) for program in built]
+                if limit < math.inf and seconds_by_hand(own_programs, where, mesh) > limit:
+                    slower += 1
+                    continue
                 plan = plan_by_hand(changed, own_programs, where, mesh, traces)
                 found.append(Candidate(stage=changed, plan=plan))
-    return found
+    return found, slower
 
 
 def _alike(changed: Any, stage: Any, own: Any) -> bool:
@@ -118,7 +132,7 @@ def _distinct(ranked: list[Candidate]) -> Iterator[Candidate]:
     for one in ranked:
         stage, mesh = one.stage, one.stage.mesh
         sizes = tuple(mesh.sizes(one.plan.where.devices).values())
-        key = (sizes, stage.accumulate, *((getattr(stage.model, name, None)) for name in ("remat", "remat_save")))
+        key = (sizes, stage.accumulate, *(getattr(stage.model, name, None) for name in MODEL_FIELDS))
         if key not in seen or one.own:
             yield one
         seen.add(key)
@@ -143,14 +157,15 @@ def compile_best(
 
 def describe_choice(one: Candidate) -> str:
     """Its mesh, remat and microbatches in a few words."""
-    return ", ".join((mesh_text(one.stage.mesh), remat_text(one.stage.model), f"accumulate={one.stage.accumulate}"))
+    return ", ".join((mesh_text(one.stage), remat_text(one.stage.model), f"accumulate={one.stage.accumulate}"))
 
 
-def mesh_text(mesh: Any) -> str:
-    """Axes of more than one device, and the level of ZeRO."""
-    axes = ("data", "fsdp", "tensor", "context", "expert", "stage")
-    sizes = " ".join(f"{axis}={getattr(mesh, axis)}" for axis in axes if getattr(mesh, axis) != 1) or "one device"
-    return f"{sizes} zero={mesh.zero}{' zero_data' if mesh.zero_data else ''}"
+def mesh_text(stage: Any) -> str:
+    """Axes of more than one device, how often a microbatch passes a pipeline, and the level of ZeRO."""
+    mesh = stage.mesh
+    sizes = " ".join(f"{axis}={getattr(mesh, axis)}" for axis in AXES if getattr(mesh, axis) != 1) or "one device"
+    times = f" rounds={stage.model.pipeline_rounds}" if mesh.stage != 1 and stage.model.pipeline_rounds > 1 else ""
+    return f"{sizes}{times} zero={mesh.zero}{' zero_data' if mesh.zero_data else ''}"
 
 
 def remat_text(model: Any) -> str:

@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxtrain.plan.search import Candidate, Found, mesh_text, remat_text
 from jaxtrain.plan.text import gib, seconds
+from jaxtrain.sharding import AXES
 
 SHOWN = 10  # rows, and the recipe's own
 # By hand memory is within this of the compiler's: what is nearer to the limit may turn out either way.
@@ -25,7 +26,7 @@ def search_lines(stage: Any, found: Found, ranked: tuple[Candidate, ...], gin: l
             table.append(
                 (
                     f"{place}{'*' if one.own else ''}",
-                    mesh_text(one.stage.mesh),
+                    mesh_text(one.stage),
                     remat_text(one.stage.model),
                     str(one.stage.accumulate),
                     gib(one.bytes),
@@ -67,14 +68,14 @@ def search_json(stage: Any, found: Found, ranked: tuple[Candidate, ...], gin: li
 
 def _row(place: int, one: Candidate) -> dict[str, Any]:
     stage, mesh = one.stage, one.stage.mesh
-    axes = ("data", "fsdp", "tensor", "context", "expert", "stage")
     return {
         "place": place,
-        "mesh": {axis: getattr(mesh, axis) for axis in axes},
+        "mesh": {axis: getattr(mesh, axis) for axis in AXES},
         "zero": mesh.zero,
         "zero_data": mesh.zero_data,
         "remat": getattr(stage.model, "remat", None),
         "remat_save": list(getattr(stage.model, "remat_save", ())),
+        "pipeline_rounds": getattr(stage.model, "pipeline_rounds", 1),
         "accumulate": stage.accumulate,
         "bytes_per_chip": one.bytes,
         "seconds_per_step": one.seconds,

@@ -11,6 +11,7 @@ from typing import Any
 
 from jaxtrain.config import PPOStage, Recipe, trained_models
 from jaxtrain.models import build_model
+from jaxtrain.models.pipeline import bubble, divides, most_microbatches
 from jaxtrain.plan.chips import Slice
 from jaxtrain.plan.programs import Program
 from jaxtrain.sharding import DEFAULT_RULES, MeshConfig
@@ -27,6 +28,11 @@ REMATS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 # From where on a search splits sequences: shorter ones fill devices by rows, at less that is sent.
 LONG = 32_768
+# How often a microbatch passes the stages of a pipeline, and the part of a step that these may idle at most.
+ROUNDS = (1, 2, 4)
+MOST_IDLE = 1 / 4
+# What a variant may change in a model's config.
+MODEL_FIELDS = ("remat", "remat_save", "remat_offload", "pipeline_rounds", "pipeline_microbatches")
 
 
 def rows_of(stage: Any) -> int:
@@ -57,7 +63,8 @@ def meshes(stage: Any, where: Slice) -> Iterator[MeshConfig]:
     """All that fill the slice with axes that the stage can use, at every level of ZeRO that makes a difference.
 
     Tensor parallelism stays within a host's GPUs or one dimension of a torus; expert parallelism is of mixtures;
-    sequences are split from ``LONG`` tokens on; several slices are joined by ``data``.  Pipeline stages are not tried.
+    sequences are split from ``LONG`` tokens on; several slices are joined by ``data`` or by pipeline stages, which are
+    tried where they idle for at most ``MOST_IDLE`` of the time.
     """
     experts = max((getattr(layer.mlp, "num_experts", 1) for layer in stage.model.spec().layers()), default=1)
     chip = where.chip
@@ -68,12 +75,56 @@ def meshes(stage: Any, where: Slice) -> Iterator[MeshConfig]:
                 continue
             rest = where.devices // tensor // expert
             for context in _divisors(rest, length_of(stage) // (LONG // 4)) if length_of(stage) >= LONG else (1,):
-                for data in _divisors(rest // context, rest):
-                    if data % where.slices:
+                ways = rest // context * expert
+                for stages in _divisors(rest // context, rest):
+                    if stages > 1 and not rounds(_free(stage), stages, ways):
                         continue
-                    sizes = {"data": data, "fsdp": rest // context // data, "tensor": tensor, "context": context}
-                    for zero, zero_data in _levels(sizes):
-                        yield MeshConfig(**sizes, expert=expert, zero=zero, zero_data=zero_data)
+                    for data in _divisors(rest // context // stages, rest):
+                        if stages % (where.slices // math.gcd(data, where.slices)):
+                            continue
+                        fsdp = rest // context // stages // data
+                        sizes = {"data": data, "fsdp": fsdp, "tensor": tensor, "context": context, "stage": stages}
+                        for zero, zero_data in _levels(sizes):
+                            yield MeshConfig(**sizes, expert=expert, zero=zero, zero_data=zero_data)
+
+
+def rounds(stage: Any, stages: int, ways: int, most_idle: float = MOST_IDLE) -> list[int]:
+    """Those of ``ROUNDS``, and the stage's own, that a pipeline of so many stages can have, rows being split over
+    ``ways`` devices, without idling too long.  None for models without a pipeline."""
+    models = [getattr(stage, name) for name in trained_models(stage)]
+    rows = rows_of(stage) // ways  # of a device, in a step without microbatches of its own
+    if not rows or not all(hasattr(model, "pipeline_rounds") for model in models):
+        return []
+    stacks = [spec.stacks[spec.pipelined] for spec in (model.spec() for model in models)]
+    microbatches = stage.model.pipeline_microbatches or most_microbatches(stages, rows)
+    return [
+        count
+        for count in sorted({*ROUNDS, stage.model.pipeline_rounds})
+        if bubble(stages, microbatches, count) <= most_idle
+        and all(divides(layers, stages * count) for layers in stacks)
+    ]
+
+
+def schedules(stage: Any) -> Iterator[Any]:
+    """The stage with every number of rounds that its mesh's pipeline can have, its own first; as it is without one."""
+    if stage.mesh.stage == 1:
+        yield stage
+        return
+    count, ways, own = stage.mesh.stage, rows_ways(stage.mesh), stage.model.pipeline_rounds
+    if own in rounds(stage, count, ways, most_idle=1):
+        yield stage
+    yield from (with_model(stage, pipeline_rounds=n) for n in rounds(stage, count, ways) if n != own)
+
+
+def on_mesh(stage: Any, mesh: MeshConfig) -> Any:
+    """The stage on another mesh; how a pipeline of other stages cuts its batch is left to the model."""
+    return dataclasses.replace(stage if mesh.stage == stage.mesh.stage else _free(stage), mesh=mesh)
+
+
+def _free(stage: Any) -> Any:
+    """Without a number of the pipeline's microbatches, which is of its number of stages."""
+    had = getattr(stage.model, "pipeline_microbatches", 0)
+    return with_model(stage, pipeline_microbatches=0) if had else stage
 
 
 def _levels(sizes: dict[str, int]) -> Iterator[tuple[int, bool]]:
@@ -143,7 +194,8 @@ def bindings(stage: Any, changed: Any) -> list[Binding]:
     compare(stage.mesh, changed.mesh, fields(stage.mesh))
     for name in trained_models(stage):
         # What a family derives (head_dim, RoPE) is no business of a binding.
-        compare(getattr(stage, name), getattr(changed, name), ["remat", "remat_save", "remat_offload"])
+        model = getattr(stage, name)
+        compare(model, getattr(changed, name), [field for field in MODEL_FIELDS if hasattr(model, field)])
     compare(stage.optimizer, changed.optimizer, fields(stage.optimizer))
     if getattr(stage, "critic_optimizer", None) is not None:
         compare(stage.critic_optimizer, changed.critic_optimizer, fields(stage.critic_optimizer))

@@ -12,12 +12,14 @@ import os
 from jax.sharding import AbstractMesh, Mesh
 
 # The options of MaxText's benchmarks/xla_flags_library.py ("ENABLE_SPARECORE_OFFLOADING_..."), with reduce-scatters and
-# gathers over two axes of the torus.  They are published as run on v6e and TPU7x; on v5p they compile, and we know of
-# no published run.
+# gathers over several axes of the torus at once: without the one for reduce-scatters these are all-reduces, which send
+# twice as much.  They are published as run on v6e and TPU7x, that one on TPU7x alone; on v5p they compile, and we know
+# of no published run.
 SPARSE_CORES = {
     "xla_tpu_enable_sparse_core_collective_offload_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_2d_all_gather": "true",
     "xla_tpu_enable_sparse_core_collective_offload_reduce_scatter": "true",
+    "xla_tpu_enable_sparse_core_collective_offload_nd_reduce_scatter": "true",
     "xla_tpu_enable_sparse_core_collective_offload_all_reduce": "true",
     "xla_sc_disable_megacore_partitioning": "true",
     "xla_tpu_use_tc_device_shape_on_sc": "true",
