@@ -128,7 +128,7 @@ class Pipeline:
             # Before, this stage's j-th group is number s * R + j; a slot for each that may go to the same stage.
             slots = -(-R // S)
             mine = (jnp.arange(S)[:, None] - s * R) % S + S * jnp.arange(slots)
-            x = _exchange(x[jnp.minimum(mine, R - 1)])
+            x = _exchange(x[jnp.minimum(mine, R - 1)], s)
             number = jnp.arange(R) * S + s
             return jnp.moveaxis(x[number // R, number % R // S], 0, 1)
 
@@ -174,7 +174,7 @@ def run_pipeline(
         s = jax.lax.axis_index(STAGE)
         params, of_round = _by_round(pipe.groups(params, s))
         # What stage 0 has to work on, or has got back from the last stage: a place for each microbatch.
-        queue = _exchange(jnp.zeros((S, *x_M.shape), x_M.dtype).at[0].set(x_M)).reshape(-1, *x_M.shape[1:])
+        queue = jnp.concatenate(_to_first(x_M, S))
 
         def at(item):
             item = jnp.clip(item, 0, R * M - 1)
@@ -201,8 +201,7 @@ def run_pipeline(
         said = jax.tree.map(lambda one: jnp.zeros((R, *one.shape), one.dtype), said)
         carry = (queue, jnp.zeros_like(queue[0]), said)
         (queue, _, said), _ = jax.lax.scan(tick, carry, jnp.arange(pipe.ticks))
-        x_M = _exchange(queue.reshape(S, *x_M.shape))[0]
-        return x_M, jax.tree.map(lambda sums: sums[:, None], said)
+        return _from_first(queue.reshape(S, *x_M.shape), s), jax.tree.map(lambda sums: sums[:, None], said)
 
     # Unchecked: with checks, a shard_map inside (of experts) would name this one's axis in what it keeps for its
     # backward pass.  Nothing that is differentiated goes in or comes out the same on several stages.
@@ -234,12 +233,31 @@ def _by_round(params: Params) -> tuple[Params, Callable[[Array | int, Params], P
     return {"leaves": leaves, "sums": small}, of_round
 
 
-def _exchange(x: Array) -> Array:
-    """``[S, ...] -> [S, ...]``: to each stage its part, and what the stages had for this one.
+# What follows is of permutes alone.  The partitioner leaves their operands split over the other axes; those of an
+# all-to-all or an all-gather it would make whole first.  And nothing is added up, nor in the gradient.
 
-    Nothing is added up here, nor in the gradient, as it would be in an all-gather's.
-    """
-    return jax.lax.all_to_all(x, STAGE, split_axis=0, concat_axis=0)
+
+def _to_first(x: Array, S: int) -> list[Array]:
+    """On stage 0 every stage's x, in their order; zeros elsewhere."""
+    return [x, *(jax.lax.ppermute(x, STAGE, [(k, 0)]) for k in range(1, S))]
+
+
+def _from_first(x: Array, s: Array) -> Array:
+    """``[S, ...] -> [...]``: stage s gets entry s of stage 0's."""
+    mine = x[0]
+    for k in range(1, len(x)):
+        mine = jnp.where(s == k, jax.lax.ppermute(x[k], STAGE, [(0, k)]), mine)
+    return mine
+
+
+def _exchange(x: Array, s: Array) -> Array:
+    """``[S, ...] -> [S, ...]``, an all-to-all: to each stage its entry, and what the stages had for stage s."""
+    S = len(x)
+    found = x
+    for step in range(1, S):
+        sent = jax.lax.ppermute(x[(s + step) % S], STAGE, [(i, (i + step) % S) for i in range(S)])
+        found = found.at[(s - step) % S].set(sent)
+    return found
 
 
 @jax.custom_vjp

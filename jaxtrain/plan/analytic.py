@@ -147,18 +147,19 @@ class _Layers:
 
     def passed(self) -> list[Item]:
         """Through a pipeline, in one direction: a microbatch on to the next stage at every tick; before and after it
-        all of them to and from the first, and with several rounds every stage's weights to where they are used."""
+        every other stage's to and from the first, and with several rounds all weights to where they are used."""
         if self.pipe is None:
             return []
         S, R = self.pipe.stages, self.pipe.rounds
         found = [Collective("collective-permute", self.stream, ("stage",), S)] * self.pipe.ticks
-        found += [Collective("all-to-all", self.stream * self.pipe.microbatches, ("stage",), S)] * 2
+        rows = self.stream * self.pipe.microbatches / S
+        found += [Collective("collective-permute", rows, ("stage",), S)] * (2 * (S - 1))
         if R > 1:
             own = sum(
                 math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
                 for leaf in jax.tree.leaves(self.params[self.config.spec().pipelined])
             )
-            found.append(Collective("all-to-all", own * S * -(-R // S) / R, ("stage",), S))
+            found += [Collective("collective-permute", own * -(-R // S) / R, ("stage",), S)] * (S - 1)
         return [Start(one.kind, one, False) for one in found]
 
     def gathers(self, key: str) -> tuple[list[Item], list[Item]]:

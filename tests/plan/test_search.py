@@ -11,7 +11,7 @@ import pytest
 from jaxtrain.plan.chips import parse_topology
 from jaxtrain.plan.estimate import plan_stage
 from jaxtrain.plan.search import rank, search
-from jaxtrain.plan.variants import bindings, gin_lines, meshes, microbatches
+from jaxtrain.plan.variants import bindings, gin_lines, meshes, microbatches, on_mesh, rounds
 
 WHERE = parse_topology("v5e:2x4")
 
@@ -46,7 +46,7 @@ def test_meshes_fill_the_slice_and_differ(stage):
 
 def test_slices_are_joined_by_data(stage):
     lm, _ = stage("lm")
-    assert {mesh.data % 2 for mesh in meshes(lm, parse_topology("2*v5e:2x4"))} == {0}
+    assert {mesh.data % 2 for mesh in meshes(lm, parse_topology("2*v5e:2x4")) if mesh.stage == 1} == {0}
 
 
 def test_long_sequences_are_split(stage):
@@ -116,6 +116,39 @@ def test_bindings_that_a_scope_hides_are_said_to_be_untried(stage, recipe):
     assert [one.gin() for one in found] == ["Stage.accumulate = 2"]
     assert gin_lines(found, lm, changed, loaded, lambda lines: recipe(*lines)) == ["lm/Stage.accumulate = 2"]
     assert gin_lines(found, lm, changed, loaded, lambda lines: loaded)[0].startswith("# for the stage lm")
+
+
+def test_stages_divide_layers_and_do_not_idle_long(stage):
+    lm, _ = stage("lm", "DecoderConfig.num_layers = 12", "Stage.batch_size = 64")
+    stages = {mesh.stage for mesh in meshes(lm, WHERE)}
+    assert stages == {1, 2, 4}  # 8 do not divide 12 layers
+    few, _ = stage("lm", "DecoderConfig.num_layers = 12", "Stage.batch_size = 8")
+    assert {mesh.stage for mesh in meshes(few, WHERE)} == {1, 2}  # a row a device: 4 stages idle 3/11 of the time
+    assert rounds(lm, 2, 8) == [1, 2] and rounds(lm, 4, 8) == [1]
+    assert rounds(few, 2, 8) == [2] and rounds(few, 4, 8) == []
+    slices = parse_topology("2*v5e:2x4")
+    assert all(mesh.data % 2 == 0 or mesh.stage % 2 == 0 for mesh in meshes(lm, slices))
+    assert any(mesh.data % 2 for mesh in meshes(lm, slices))
+
+
+def test_another_pipeline_does_not_inherit_its_microbatches(stage):
+    lm, _ = stage("lm", "DecoderConfig.pipeline_microbatches = 4", "MeshConfig.stage = 4", "Stage.batch_size = 64")
+    assert on_mesh(lm, lm.mesh).model.pipeline_microbatches == 4
+    other = on_mesh(lm, dataclasses.replace(lm.mesh, stage=2))
+    assert other.model.pipeline_microbatches == 0
+    assert "DecoderConfig.pipeline_microbatches = 0" in [one.gin() for one in bindings(lm, other)]
+
+
+@pytest.mark.slow
+def test_where_the_network_is_slow_stages_are_found(stage):
+    """Gradients over a slow network in every microbatch of a small batch cost more than a pipeline's activations."""
+    lm, recipe = stage("lm", "DecoderConfig.d_model = 1024", "DecoderConfig.d_ff = 4096")
+    found = search(lm, recipe, parse_topology("2*v5e:2x2"))
+    first = found.ranked[0]
+    assert first.stage.mesh.stage == 2 and first.stage.mesh.data % 2
+    assert first.stage.model.pipeline_rounds in (1, 2)
+    again = plan_stage(first.stage, recipe, parse_topology("2*v5e:2x2"), compiler=False)
+    assert (again.hbm_bytes_per_chip, again.seconds_per_step) == (first.bytes, pytest.approx(first.seconds))
 
 
 @pytest.mark.slow

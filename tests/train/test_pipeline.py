@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,30 @@ def test_no_copy_of_a_rounds_weights_is_kept_for_every_tick(tools):
     weights = {leaf.shape[1:] for leaf in jax.tree.leaves(model.shapes()["layers"]["mlp"])}
     stacked = [leaf.shape for leaf in residuals if leaf.shape[-2:] in weights]
     assert stacked and all(np.prod(shape) <= 8 * 16 * 32 for shape in stacked), stacked
+
+
+@pytest.mark.parametrize("rounds", [1, 2])
+def test_rows_stay_split_on_their_way_through(tools, rounds):
+    """Nothing makes the hidden states of a batch, or of one group of its rows, whole over the row axes, nor a stack of
+    weights, which is what the partitioner does with operands of an all-to-all over stages."""
+    model = build_model(dataclasses.replace(LLAMA, d_model=48, pipeline_rounds=rounds))
+    config = MeshConfig(stage=2, data=2, fsdp=2)
+    mesh, batch = make_mesh(config), tools.batch(tools.objectives["LM"])
+    batch = jax.tree.map(lambda x: np.repeat(x, 2, axis=0), batch)
+    shardings = param_shardings(model.axes, model.shapes(), mesh, model.rules)
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), model.shapes(), shardings)
+
+    def run(params, batch):
+        return loss_and_grads(model.apply, LM(), params, batch, jax.random.key(0))[1]
+
+    with jax.set_mesh(mesh):
+        compiled = jax.jit(run, out_shardings=shardings).lower(abstract, put_batch(batch, mesh)).compile()
+    found = re.findall(r"= f32\[([\d,]+)\]\S* (?:all-gather|all-to-all)\(", compiled.as_text())
+    sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in found]
+    rows, length = batch.ids.shape
+    assert sizes, "weights are gathered"
+    # A layer's largest matrix, or the embedding's table, or what a device looks up for others.
+    assert max(sizes) <= max(48 * 32, 48 * 24, rows * length * 48 // 4)
 
 
 def test_the_number_of_ticks_and_the_bubble():
